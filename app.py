@@ -53,13 +53,10 @@ Notation
 
 import argparse
 import asyncio
-import base64
 import contextlib
-import functools
 import getpass
 import hashlib
 import ipaddress
-import itertools
 import json
 import logging
 import os
@@ -69,21 +66,21 @@ import sys
 import time
 import unicodedata
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from math import ceil
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar
 from urllib.parse import quote, urlencode
 
 import bcrypt
 import jwt
+import limits
+import pydantic
 import sqlalchemy as sa
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response, WebSocket, params
-from fastapi import Path as InPath
 from fastapi.dependencies.utils import get_flat_params
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -91,33 +88,14 @@ from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from fastapi_offline import FastAPIOffline
-from limits import RateLimitItem
-from limits import parse as parse_limit
-from pydantic import (
-    MISSING,
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    StringConstraints,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import MISSING, AfterValidator, BeforeValidator, Field, SecretStr, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from slowapi import Limiter
-from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.ext.compiler import compiles
 from sqlmodel import Field as Column
 from sqlmodel import SQLModel
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -128,61 +106,59 @@ MAX_ID = 2**63 - 1
 """SQLite and PostgreSQL integers end here; one more is an OverflowError in the driver."""
 
 log = logging.getLogger("onefile_tasks")
+T = TypeVar("T")
 
 # ── 1 Settings ──────────────────────────────────────────────────────────────────────────────────
-# Twelve-factor: the environment decides, a .env file is the same thing on disk. A wrong value stops
-# the start with one line that names the variable, because a server that guesses is found out later.
+# The environment decides, and a .env file is the same thing on disk. A wrong value stops the start
+# with one line that names the variable, because a server that guesses is found out later.
 
-PLACEHOLDER_SECRET = re.compile(r"change.?(me|this|it)|your.?secret|secret.?key|placeholder|example|insecure", re.I)
-
-
-def rate_limit(text: str) -> RateLimitItem:
-    """Parse `5/minute`. Errors: ValueError."""
-    return parse_limit(text)
+PLACEHOLDER = re.compile(r"change.?(me|this|it)|your.?secret|secret.?key|placeholder|example|insecure", re.I)
 
 
-RateLimit = Annotated[RateLimitItem, BeforeValidator(rate_limit)]
+def strong_secret(secret: SecretStr) -> SecretStr:
+    """Refuse a key that a stranger could guess: whoever knows it is every user. Ref: RFC 7518 §3.2."""
+    key = secret.get_secret_value()
+    if key and (len(key.encode()) < 32 or PLACEHOLDER.search(key) or len(set(key)) < 8):
+        raise ValueError("must be 32 random bytes or more; leave it empty to have one generated")
+    return secret
+
+
+RateLimit = Annotated[Any, AfterValidator(limits.parse)]
 
 
 class Settings(BaseSettings):
     """Every knob, with its default. Meanings, units and consequences stand in .env.example."""
 
-    model_config = SettingsConfigDict(
-        env_file=".env", env_ignore_empty=True, extra="ignore", arbitrary_types_allowed=True, validate_default=True
-    )
+    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", validate_default=True)
 
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    root_path: str = Field("", pattern=r"^(/[^/?#\s]+)*$")
+    port: int = Field(default=8000, ge=0, le=65535)
+    root_path: str = Field(default="", pattern=r"^(/[^/?#\s]+)*$")
     data_dir: Path = Path("data")
-    secret_key: SecretStr = SecretStr("")
+    secret_key: Annotated[SecretStr, AfterValidator(strong_secret)] = SecretStr("")
     admin_username: str = "admin"
     admin_password: SecretStr = SecretStr("")
     registration: Literal["open", "closed"] = "open"
-    access_token_minutes: int = Field(15, ge=1, le=1440)
-    refresh_token_days: int = Field(30, ge=1, le=180)
-    trash_days: int = Field(30, ge=0, le=36500)
+    access_token_minutes: int = Field(default=15, ge=1, le=1440)
+    refresh_token_days: int = Field(default=30, ge=1, le=180)
+    trash_days: int = Field(default=30, ge=0, le=36500)
     rate_limits: Literal["on", "off"] = "on"
-    rate_limit_register: RateLimit = "3/minute"  # type: ignore[assignment]
-    rate_limit_login: RateLimit = "5/minute"  # type: ignore[assignment]
-    rate_limit_account: RateLimit = "100/hour"  # type: ignore[assignment]
-    rate_limit_refresh: RateLimit = "10/minute"  # type: ignore[assignment]
-    rate_limit_read: RateLimit = "600/minute"  # type: ignore[assignment]
-    rate_limit_write: RateLimit = "300/minute"  # type: ignore[assignment]
-    max_body_kib: int = Field(64, ge=1, le=65536)
+    rate_limit_register: RateLimit = "3/minute"
+    rate_limit_login: RateLimit = "5/minute"
+    rate_limit_account: RateLimit = "100/hour"
+    rate_limit_refresh: RateLimit = "10/minute"
+    rate_limit_read: RateLimit = "600/minute"
+    rate_limit_write: RateLimit = "300/minute"
+    max_body_kib: int = Field(default=64, ge=1, le=65536)
     trusted_proxies: str = ""
     docs: Literal["on", "off"] = "on"
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    @field_validator("secret_key")
-    @classmethod
-    def strong_secret(cls, value: SecretStr) -> SecretStr:
-        """Refuse a key that a stranger could guess: whoever knows it is every user. Ref: RFC 7518 §3.2."""
-        key = value.get_secret_value()
-        if key and (len(key.encode()) < 32 or PLACEHOLDER_SECRET.search(key) or len(set(key)) < 8):
-            raise ValueError("must be 32 random bytes or more; leave it empty to have one generated")
-        return value
+
+def plain(error: ValidationError) -> str:
+    """The first message of a validation error, without what was sent."""
+    return error.errors(include_input=False, include_url=False)[0]["msg"].removeprefix("Value error, ")
 
 
 def load_settings() -> Settings:
@@ -190,8 +166,7 @@ def load_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        raise SystemExit(f"{str(first['loc'][0]).upper()}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise SystemExit(f"{str(error.errors()[0]['loc'][0]).upper()}: {plain(error)}") from None
 
 
 settings = load_settings()
@@ -210,26 +185,15 @@ def now() -> datetime:
 class ApiError(HTTPException):
     """An error that a client will see: status, stable code, message, headers, details by field."""
 
-    def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        headers: dict[str, str] | None = None,
-        details: list[dict[str, str]] | None = None,
-    ) -> None:
+    def __init__(self, status: int, code: str, message: str, headers: Any = None, details: Any = None) -> None:
         super().__init__(status, message, headers)
-        self.code, self.details = code, details
+        self.body = {"code": code, "message": message} | ({"details": details} if details else {})
 
-
-def error_response(error: ApiError, request_id: str) -> Response:
-    """The envelope of section 2, or a bare 304, which by RFC 9110 has no body."""
-    if error.status_code == 304:
-        return Response(status_code=304, headers=error.headers)
-    body: dict[str, Any] = {"code": error.code, "message": error.detail, "request_id": request_id}
-    if error.details is not None:
-        body["details"] = error.details
-    return JSONResponse({"error": body}, error.status_code, error.headers)
+    def response(self, request_id: str) -> Response:
+        """The envelope, or a bare 304, which has no body. Ref: RFC 9110 §15.4.5."""
+        if self.status_code == 304:
+            return Response(status_code=304, headers=self.headers)
+        return JSONResponse({"error": self.body | {"request_id": request_id}}, self.status_code, self.headers)
 
 
 def not_found(kind: str, key: int) -> ApiError:
@@ -237,36 +201,20 @@ def not_found(kind: str, key: int) -> ApiError:
     return ApiError(404, f"{kind}_not_found", f"No {kind} {key}.")
 
 
-def not_authenticated(message: str = "Send a valid access token: Authorization: Bearer …") -> ApiError:
+def unauthorized(code: str = "not_authenticated", message: str = "Send a valid access token.") -> ApiError:
     """401. Ref: RFC 6750 §3."""
-    return ApiError(401, "not_authenticated", message, {"WWW-Authenticate": "Bearer"})
+    return ApiError(401, code, message, {"WWW-Authenticate": "Bearer"})
 
 
-def invalid_credentials() -> ApiError:
-    """401, the same for an unknown user and for a wrong password."""
-    return ApiError(401, "invalid_credentials", "Wrong username or password.", {"WWW-Authenticate": "Bearer"})
-
-
-def invalid(field_name: str, message: str) -> ApiError:
-    """422 for one field."""
-    return ApiError(
-        422, "validation_failed", f"{field_name}: {message}", details=[{"field": field_name, "message": message}]
-    )
-
-
-def not_modified(etag: str) -> ApiError:
-    """304: the caller has it already. Ref: RFC 9110 §15.4.5."""
-    return ApiError(304, "not_modified", "Not modified.", {"ETag": etag})
+def invalid(*fields: tuple[str, str]) -> ApiError:
+    """422, with every refused (field, message)."""
+    details = [{"field": field, "message": message} for field, message in fields]
+    return ApiError(422, "validation_failed", "; ".join(map(": ".join, fields)), details=details)
 
 
 def resync_required() -> ApiError:
-    """410: changes after this cursor are gone, or it comes from another past."""
+    """410: deletions after this cursor are forgotten, or it comes from another past."""
     return ApiError(410, "resync_required", "This cursor is stale. Start again with since=0.")
-
-
-def too_large(max_bytes: int) -> ApiError:
-    """413. Ref: RFC 9110 §15.5.14."""
-    return ApiError(413, "body_too_large", f"The body is larger than {max_bytes:,} bytes.")
 
 
 # ── 3 Database ──────────────────────────────────────────────────────────────────────────────────
@@ -274,50 +222,32 @@ def too_large(max_bytes: int) -> ApiError:
 # BEGIN IMMEDIATE, so that they wait their turn instead of failing in the middle. Readers are a pool
 # beside it (WAL lets them go on while somebody writes) and cannot write at all.
 
-READERS = 4
-BUSY_SECONDS = 10
 
-
-@compiles(sa.BigInteger, "sqlite")
-def sqlite_integer(_element: sa.BigInteger, _compiler: object, **_options: object) -> str:
-    """SQLite's INTEGER has 64 bits, and AUTOINCREMENT accepts no other name for it."""
-    return "INTEGER"
-
-
-def sqlite_engine(path: Path, begin: str, pragma: str, pool_size: int) -> AsyncEngine:
-    """An engine on one file. Each transaction starts with `begin`, each connection with `pragma`."""
-    engine = create_async_engine(
-        sa.URL.create("sqlite+aiosqlite", database=str(path)),
-        connect_args={"isolation_level": None, "timeout": BUSY_SECONDS},
-        pool_size=pool_size,
-        max_overflow=0,
-    )
+def sqlite_engine(path: Path, begin: str, pool_size: int, *pragmas: str) -> AsyncEngine:
+    """An engine on one file: connections are configured by `pragmas`, transactions start with `begin`."""
+    url = sa.URL.create("sqlite+aiosqlite", database=str(path))
+    engine = create_async_engine(url, connect_args={"isolation_level": None}, pool_size=pool_size, max_overflow=0)
 
     @sa.event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _record: object) -> None:
-        # FULL: an acknowledged write survives a power cut, not only a crash of this process.
-        cursor = connection.cursor()
-        for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", pragma):
-            cursor.execute(f"PRAGMA {setting}")
-        cursor.close()
+        for pragma in ("busy_timeout=10000", "journal_mode=WAL", "foreign_keys=ON", *pragmas):
+            connection.execute(f"PRAGMA {pragma}").close()
 
-    @sa.event.listens_for(engine.sync_engine, "begin")
-    def start(connection: sa.Connection) -> None:
-        connection.exec_driver_sql(begin)
-
+    sa.event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql(begin))
     return engine
 
 
 class Database:
-    """The open database: `read()` for a consistent snapshot, `write()` for a durable transaction."""
+    """The open database: `read()` for a snapshot, `write()` for a durable transaction."""
 
     def open(self, directory: Path) -> None:
         """Open or create `tasks.db` in `directory`, readable by its owner alone. Errors: OSError."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = directory / "tasks.db"
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        self.writer = sqlite_engine(path, "BEGIN IMMEDIATE", "wal_autocheckpoint=1000", 1)
-        self.reader = sqlite_engine(path, "BEGIN", "query_only=ON", READERS)
+        self.reader = sqlite_engine(path, "BEGIN", 4, "query_only=ON")
+        # FULL: an acknowledged write survives a power cut, not only a crash of this process.
+        self.writer = sqlite_engine(path, "BEGIN IMMEDIATE", 1, "synchronous=FULL")
 
     async def close(self) -> None:
         """Close every connection."""
@@ -334,60 +264,70 @@ class Database:
 
 
 database = Database()
-T = TypeVar("T")
-unfinished: set[asyncio.Task[Any]] = set()
+unfinished: set[asyncio.Future[Any]] = set()
 
 
-def shielded(work: Coroutine[Any, Any, T]) -> Awaitable[T]:
+async def fetch(statement: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+    """All rows of one query."""
+    async with database.read() as db:
+        rows: Sequence[sa.Row[Any]] = (await db.execute(statement)).all()
+    return rows
+
+
+async def execute(statement: sa.Update | sa.Delete) -> int:
+    """One statement, committed. Returns how many rows it met."""
+    async with database.write() as db:
+        return (await db.execute(statement)).rowcount
+
+
+def shielded(work: Awaitable[T]) -> Awaitable[T]:
     """Run to the end even if the caller is cancelled: a connection torn from a transaction stays locked."""
-    task = asyncio.get_running_loop().create_task(work)
+    task = asyncio.ensure_future(work)
     unfinished.add(task)
     task.add_done_callback(unfinished.discard)
     return asyncio.shield(task)
 
 
 # ── 4 Tables ────────────────────────────────────────────────────────────────────────────────────
-# SQLModel declares them; the queries below speak SQLAlchemy Core, because one UPDATE … RETURNING is
-# atomic where load-change-save is a race. AUTOINCREMENT: a purged id is never handed out again.
+# Each table is two classes: the public half is also the answer that clients get, the private half never
+# leaves. Queries speak SQLAlchemy Core, because one UPDATE … RETURNING is atomic where load-change-save
+# is a race. AUTOINCREMENT: the id of something purged is never handed out again.
 
 Status = Literal["todo", "in_progress", "done"]
 Priority = Literal["low", "medium", "high"]
 
 
-def primary_key() -> Any:
-    """A 64-bit id."""
-    return Column(default=None, primary_key=True, sa_type=sa.BigInteger)
+class Answer(SQLModel):
+    """The base of everything that leaves: the string under a field is its description in /docs."""
+
+    model_config = {"use_attribute_docstrings": True}
+    __table_args__: Any = {"sqlite_autoincrement": True}
 
 
-def parent(column: str, **options: Any) -> Any:
-    """A 64-bit foreign key; the row goes when its parent goes."""
-    return Column(foreign_key=column, ondelete="CASCADE", sa_type=sa.BigInteger, **options)
+class UserPublic(Answer):
+    """An account, as its owner and an admin see it."""
 
-
-class User(SQLModel, table=True):
-    """An account. `seq` is the number that section 9 is about."""
-
-    __tablename__ = "users"
-    __table_args__ = ({"sqlite_autoincrement": True},)
-    id: int = primary_key()
+    id: int = Column(primary_key=True)
     username: str
-    username_key: str = Column(unique=True)
     email: str | None
-    password_hash: str
-    role: str
-    is_active: bool = True
-    seq: int = Column(0, sa_type=sa.BigInteger)
-    purged_seq: int = Column(0, sa_type=sa.BigInteger)
+    role: Literal["user", "admin"] = Column(sa_type=sa.String)
+    is_active: bool
     created_at: datetime
 
 
-class Session(SQLModel, table=True):
-    """A login. Deleting the row kills every token of it, access tokens included."""
+class Users(UserPublic, table=True):
+    """The private half of an account. `seq` is the number that section 9 is about."""
 
-    __tablename__ = "sessions"
-    __table_args__ = ({"sqlite_autoincrement": True},)
-    id: int = primary_key()
-    user_id: int = parent("users.id", index=True)
+    username_key: str = Column(unique=True)
+    password_hash: str
+    seq: int
+    purged_seq: int
+
+
+class SessionPublic(Answer):
+    """A login."""
+
+    id: int = Column(primary_key=True)
     address: str
     user_agent: str
     created_at: datetime
@@ -395,55 +335,68 @@ class Session(SQLModel, table=True):
     expires_at: datetime
 
 
-class RefreshToken(SQLModel, table=True):
+class Sessions(SessionPublic, table=True):
+    """Deleting the row ends the session with every token of it, access tokens included."""
+
+    user_id: int = Column(foreign_key="users.id", ondelete="CASCADE", index=True)
+
+
+class Tokens(Answer, table=True):
     """A refresh token, as a hash. A used one is kept, to notice a replay."""
 
-    __tablename__ = "refresh_tokens"
-    __table_args__ = ({"sqlite_autoincrement": True},)
-    id: int = primary_key()
-    session_id: int = parent("sessions.id", index=True)
+    id: int = Column(primary_key=True)
+    session_id: int = Column(foreign_key="sessions.id", ondelete="CASCADE", index=True)
     token_hash: str = Column(unique=True)
-    used_at: datetime | None = None
+    used_at: datetime | None
     expires_at: datetime
 
 
-class Task(SQLModel, table=True):
-    """A task, or its tombstone when `deleted_at` is set."""
+class TaskPublic(Answer):
+    """A task. `version` is its ETag and its place in the order of its owner's changes."""
 
-    __tablename__ = "tasks"
-    __table_args__ = (
-        sa.Index("ix_tasks_changes", "owner_id", "seq", unique=True),
-        sa.Index("ix_tasks_newest", "owner_id", "deleted_at", "created_at", "id"),
-        {"sqlite_autoincrement": True},
-    )
-    id: int = primary_key()
-    owner_id: int = parent("users.id")
-    seq: int = Column(sa_type=sa.BigInteger)
+    id: int = Column(primary_key=True)
     title: str
-    description: str | None = None
-    status: str
-    priority: str
-    due_date: datetime | None = None
-    attachments: int = 0
-    search_text: str
+    description: str | None
+    status: Status = Column(sa_type=sa.String)
+    priority: Priority = Column(sa_type=sa.String)
+    due_date: datetime | None
+    completed: bool
+    completed_at: datetime | None
+    attachments: int
+    owner_id: int = Column(foreign_key="users.id", ondelete="CASCADE")
+    version: int
     created_at: datetime
     updated_at: datetime
-    completed_at: datetime | None = None
-    deleted_at: datetime | None = None
+    deleted_at: datetime | None
+    """When it went to the trash; such a row is the tombstone of a task."""
+
+
+class Tasks(TaskPublic, table=True):
+    """The private half of a task: its texts, folded for searching and sorting."""
+
+    search_text: str
 
 
 users, sessions, refresh_tokens, tasks = (
-    SQLModel.metadata.tables[name] for name in ("users", "sessions", "refresh_tokens", "tasks")
+    SQLModel.metadata.tables[name] for name in ("users", "sessions", "tokens", "tasks")
 )
+sa.Index("ix_tasks_version", tasks.c.owner_id, tasks.c.version, unique=True)
+sa.Index("ix_tasks_created_at", tasks.c.owner_id, tasks.c.deleted_at, tasks.c.created_at, tasks.c.id)
+public_task = [tasks.c[name] for name in TaskPublic.model_fields]
 
 # ── 5 Schemas ───────────────────────────────────────────────────────────────────────────────────
 # What comes in is strict: unknown fields are refused, "1" is no number and 1 is no date. What goes out
-# is listed here and nowhere else, so that a password hash cannot slip into an answer.
+# is listed in section 4 and here, so that a password hash cannot slip into an answer.
 
-TIME_MESSAGE = "must be RFC 3339, like 2026-11-20T17:00:00Z or 2026-11-20 (in a query write + as %2B)"
-RFC3339 = re.compile(
-    r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(?::(\d\d(?:\.\d{1,9})?))?(Z|[+-]\d\d:\d\d)?)?", re.I | re.ASCII
-)
+RFC3339 = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d:\d\d)?)?", re.I | re.ASCII)
+LEET = str.maketrans("@013457$", "aoleasts")
+COMMON_PASSWORDS = """
+a aa abc abcd abcdefgh access admin administrator asdf asdfasdf asdfghjk asdfghjkl azertyuiop baseball basketball
+butterfly changeme charlie chocolate computer default dragon football freedom hello helloworld iloveyou internet
+jennifer jordan killer letmein liverpool login lovelove master michael michelle monkey mypassword mustang onefile pass
+passpass passwd password pokemon princess qazwsx qazwsxedc qweasd qweasdzxc qwer qwerasdf qwert qwerty qwertyui
+qwertyuiop samsung secret shadow soccer spiderman starwars sunshine superman test testing testtest trustno welcome
+whatever zxcvbn zxcvbnm 1q2w3e4r 1q2w3e4r5t 1qaz2wsx 1qaz2wsx3edc 1qazxsw2 q1w2e3r4 q1w2e3r4t5 zaq12wsx"""
 
 
 def storable(text: str) -> str:
@@ -456,7 +409,7 @@ def storable(text: str) -> str:
 def parse_time(value: object) -> datetime:
     """RFC 3339 to UTC; a naive time is UTC, a bare date its last second. Errors: ValueError."""
     if not isinstance(value, str) or not RFC3339.fullmatch(value):
-        raise ValueError(TIME_MESSAGE)
+        raise ValueError("must be RFC 3339, like 2026-11-20T17:00:00Z or 2026-11-20 (in a query, write + as %2B)")
     moment = datetime.fromisoformat(value.upper() if len(value) > 10 else f"{value}T23:59:59Z")
     try:
         return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
@@ -477,76 +430,42 @@ def folded(text: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
-COMMON_PASSWORDS = frozenset("password 12345678".split())
-
-
 def uncommon(password: str) -> str:
-    """Refuse what an attacker tries first; no composition rules. Ref: NIST SP 800-63B §3.1.1.2. Errors: ValueError."""
-    if password.casefold() in COMMON_PASSWORDS or len(set(password)) < 4:
+    """Refuse what guessers try first; no composition rules. Ref: NIST SP 800-63B §3.1.1.2. Errors: ValueError.
+
+    "P@ssw0rd123!" is "password" with the usual disguise; digits alone are a date, a run or a phone number.
+    """
+    stem = re.sub(r"[\W\d_]+$", "", password.casefold())
+    guesses = {password.casefold(), stem, stem.translate(LEET)}
+    if guesses & set(COMMON_PASSWORDS.split()) or len(set(password)) < 4 or (password.isdigit() and len(password) < 12):
         raise ValueError("is among the commonest; choose a longer or stranger one")
     return password
 
 
-Text = Annotated[str, AfterValidator(storable)]
+Storable = AfterValidator(storable)
+Text = Annotated[str, Storable]
 Time = Annotated[datetime, BeforeValidator(parse_time, json_schema_input_type=str)]
-Title = Annotated[Text, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
-Description = Annotated[Text, StringConstraints(max_length=10_000)]
-Username = Annotated[Text, AfterValidator(username)]
-Password = Annotated[Text, StringConstraints(min_length=8, max_length=256), AfterValidator(uncommon)]
-Email = Annotated[Text, StringConstraints(max_length=254, pattern=r"^[^@\s]+@[^@\s]+$")]
-Number = Annotated[int, Field(ge=0, le=MAX_ID)]
+Title = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200), Storable]
+Description = Annotated[str, StringConstraints(max_length=10_000), Storable]
+Username = Annotated[str, Storable, AfterValidator(username)]
+Password = Annotated[str, StringConstraints(min_length=8, max_length=256), Storable, AfterValidator(uncommon)]
+Email = Annotated[str, StringConstraints(max_length=254, pattern=r"^[^@\s]+@[^@\s]+$"), Storable]
+Seq = Annotated[int, Field(ge=0, le=MAX_ID)]
+Item = TypeVar("Item", bound=SQLModel)
 
 
-class Body(BaseModel):
-    """The base of every request body: strict, and an unknown field is an error that names the known ones."""
+class Body(pydantic.BaseModel):
+    """The base of every body: strict, and an unknown field is an error that names the known ones."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
 
-    @model_validator(mode="before")
+    @pydantic.model_validator(mode="before")
     @classmethod
     def only_known_fields(cls, data: Any) -> Any:
         """Name what is known, not what was sent."""
         if isinstance(data, dict) and not data.keys() <= cls.model_fields.keys():
             raise ValueError(f"has an unknown field; known are {', '.join(cls.model_fields)}")
         return data
-
-
-class Answer(BaseModel):
-    """The base of every answer."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-
-Item = TypeVar("Item", bound=BaseModel)
-
-
-class Collection(Answer, Generic[Item]):
-    """A collection that is never paged."""
-
-    data: list[Item]
-
-
-class PageMeta(Answer):
-    """Where this page stands."""
-
-    page: int
-    page_size: int
-    total: int
-    """Items on all pages."""
-    pages: int
-
-
-class Page(Collection[Item], Generic[Item]):
-    """One page; the Link header (RFC 8288) leads to the others."""
-
-    meta: PageMeta
-
-
-class PageQuery(Answer):
-    """Paging. The highest page keeps OFFSET within 64 bits."""
-
-    page: int = Field(1, ge=1, le=2**53)
-    page_size: int = Field(20, ge=1, le=100)
 
 
 class Credentials(Body):
@@ -574,68 +493,51 @@ class RefreshRequest(Body):
 
 
 class UserUpdate(Body):
-    """What to change. A new password needs the current one and ends the other sessions."""
+    """What to change; a new password needs the current one."""
 
     email: Email | MISSING | None = MISSING
     password: Password | MISSING = MISSING
     current_password: Text | MISSING = MISSING
 
-    @model_validator(mode="after")
-    def both_passwords(self) -> Self:
-        """A password is changed only by who knows it, not by who found an open browser."""
-        if (self.password is MISSING) != (self.current_password is MISSING):
-            raise ValueError("password and current_password go together")
-        return self
 
-
-class UserPublic(Answer):
-    """An account as its owner and an admin see it."""
-
-    id: int
-    username: str
-    email: str | None
-    role: Literal["user", "admin"]
-    is_active: bool
-    created_at: datetime
-
-
-class Tokens(Answer):
+class TokenPair(Answer):
     """Send the access token as `Authorization: Bearer …`; exchange the refresh token for the next pair."""
 
     access_token: str
     refresh_token: str
-    token_type: Literal["bearer"] = "bearer"
+    token_type: str = "bearer"  # noqa: S105
     expires_in: int
     """Seconds until the access token expires."""
 
 
-class Registered(Tokens):
+class Registered(TokenPair):
     """Tokens, and the account that they belong to."""
 
     user: UserPublic
 
 
-class SessionPublic(Answer):
-    """A login."""
+class SessionListed(SessionPublic):
+    """A login, seen from one of them."""
 
-    id: int
-    address: str
-    user_agent: str
-    created_at: datetime
-    last_used_at: datetime
-    expires_at: datetime
     current: bool
     """Whether this request came by it."""
 
 
-class TaskBody(Body):
-    """What POST, PUT and PATCH share: `completed` may be written instead of `status`."""
+class TaskUpdate(Body):
+    """A JSON merge patch (RFC 7396): what is absent stays, null clears description and due_date."""
 
+    title: Title | MISSING = MISSING
+    """1–200 characters after trimming."""
+    description: Description | MISSING | None = MISSING
+    """At most 10,000 characters."""
     status: Status | MISSING = MISSING
     completed: bool | MISSING = MISSING
-    """true = done, false = todo."""
+    """Instead of status: true = done, false = todo."""
+    priority: Priority | MISSING = MISSING
+    due_date: Time | MISSING | None = MISSING
+    """RFC 3339; a naive time is UTC, a bare date the end of that day."""
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def settle_status(self) -> Self:
         """Turn `completed` into `status`; both and contradictory is an error."""
         if self.completed is not MISSING:
@@ -646,78 +548,62 @@ class TaskBody(Body):
         return self
 
     def values(self) -> dict[str, Any]:
-        """The columns that the caller wrote; what they left out is not in it."""
+        """The columns that the caller wrote."""
         return self.model_dump(exclude={"completed"})
 
 
-class TaskCreate(TaskBody):
-    """A whole task, for POST and PUT."""
+class TaskCreate(TaskUpdate):
+    """A whole task, for POST and PUT: what is absent gets its default (status todo, priority medium)."""
 
     title: Title
     """1–200 characters after trimming."""
-    description: Description | None = None
-    """At most 10,000 characters."""
-    status: Status | MISSING = MISSING
-    """todo when left out."""
-    priority: Priority = "medium"
-    due_date: Time | None = None
-    """RFC 3339; a naive time is UTC, a bare date the end of that day."""
 
     def values(self) -> dict[str, Any]:
         """Every column that a caller may write."""
-        return {"status": "todo"} | super().values()
+        return {"description": None, "status": "todo", "priority": "medium", "due_date": None} | super().values()
 
 
-class TaskUpdate(TaskBody):
-    """A JSON merge patch (RFC 7396): absent keeps, null clears description and due_date."""
+class Collection(Answer, Generic[Item]):
+    """A short collection, whole."""
 
-    title: Title | MISSING = MISSING
-    description: Description | MISSING | None = MISSING
-    priority: Priority | MISSING = MISSING
-    due_date: Time | MISSING | None = MISSING
+    data: list[Item]
 
 
-class TaskPublic(Answer):
-    """A task. `version` is its ETag and its place in the order of the owner's changes."""
+class PageMeta(Answer):
+    """Where a page stands."""
 
-    id: int
-    title: str
-    description: str | None
-    status: Status
-    priority: Priority
-    due_date: datetime | None
-    completed: bool
-    completed_at: datetime | None
-    attachments: int
-    owner_id: int
-    version: int
-    created_at: datetime
-    updated_at: datetime
-    deleted_at: datetime | None
-    """When it went to the trash."""
+    page: int
+    page_size: int
+    total: int
+    """Items on all pages."""
+    pages: int
 
 
-DERIVED = {"completed": (tasks.c.status == "done").label("completed"), "version": tasks.c.seq.label("version")}
-TASK_COLUMNS = [DERIVED[name] if name in DERIVED else tasks.c[name] for name in TaskPublic.model_fields]
+class Page(Collection[Item], Generic[Item]):
+    """One page; the Link header (RFC 8288) leads to the others."""
+
+    meta: PageMeta
+
+
+class PageQuery(Answer):
+    """Paging. The highest page keeps OFFSET within 64 bits."""
+
+    page: int = Field(1, ge=1, le=2**53)
+    page_size: int = Field(default=20, ge=1, le=100)
 
 
 class TaskQuery(PageQuery):
     """Filters, all ANDed, and the order."""
 
-    status: list[Status] = []
-    """Repeatable."""
-    priority: list[Priority] = []
-    """Repeatable."""
+    status: list[Status] = Field([], description="Repeatable.")
+    priority: list[Priority] = Field([], description="Repeatable.")
     completed: bool | None = None
-    search: Annotated[Text, StringConstraints(min_length=1, max_length=200)] | None = None
+    search: Annotated[str, StringConstraints(min_length=1, max_length=200), Storable] | None = None
     """Substring of title or description, in any case and script; % and _ are literal."""
-    due_before: Time | None = None
-    """Inclusive."""
-    due_after: Time | None = None
-    """Inclusive."""
+    due_before: Time | None = Field(None, description="Inclusive.")
+    due_after: Time | None = Field(None, description="Inclusive.")
     overdue: bool | None = None
-    deleted: bool = False
-    """true lists the trash."""
+    deleted: bool = Field(False, description="true lists the trash.")
     sort: Literal["created_at", "updated_at", "due_date", "priority", "status", "title"] = "created_at"
     """due_date puts tasks without one last, both ways."""
     order: Literal["asc", "desc"] = "desc"
@@ -729,7 +615,7 @@ class AdminTaskQuery(TaskQuery):
     owner_id: Annotated[int, Field(ge=1, le=MAX_ID)] | None = None
 
 
-class ChangesPublic(Answer):
+class Changes(Answer):
     """Changed tasks and tombstones, oldest change first."""
 
     data: list[TaskPublic]
@@ -738,25 +624,18 @@ class ChangesPublic(Answer):
     has_more: bool
 
 
-class DayCount(Answer):
-    """Tasks completed on one UTC day."""
-
-    date: str
-    count: int
-
-
 class Statistics(Answer):
     """Counts over the caller's tasks, the trash left out."""
 
     total: int
-    by_status: dict[Status, int]
-    by_priority: dict[Priority, int]
+    by_status: dict[str, int]
+    by_priority: dict[str, int]
     overdue: int
     due_in_7_days: int
     completion_rate: float
     """done / total, 0 to 1."""
-    completed_per_day: list[DayCount]
-    """The last 30 days, today last."""
+    completed_per_day: list[dict[Literal["date", "count"], str | int]]
+    """Of the last 30 UTC days, today last."""
 
 
 class Health(Answer):
@@ -765,47 +644,23 @@ class Health(Answer):
     status: Literal["ok"] = "ok"
 
 
-class DatabaseHealth(Answer):
-    """One round trip to the database."""
-
-    engine: str
-    latency_ms: float
-
-
-class CleanupResult(Answer):
-    """What the last clean-up removed."""
-
-    finished_at: datetime
-    sessions: int
-    refresh_tokens: int
-    tasks: int
-
-
 class HealthDetailed(Health):
     """Health, with figures."""
 
     version: str
     uptime_seconds: int
-    database: DatabaseHealth
+    database: dict[str, str | float]
     live_connections: int
-    last_cleanup: CleanupResult | None
-
-
-class ErrorDetail(Answer):
-    """One refused field."""
-
-    field: str
-    message: str
+    last_cleanup: dict[str, int | datetime] | None
 
 
 class ErrorBody(Answer):
-    """What went wrong: `code` is stable, `message` is for people."""
+    """What went wrong: `code` is stable, `message` is for people, `details` come only with 422."""
 
     code: str
     message: str
     request_id: str
-    details: list[ErrorDetail] | None = None
-    """Only on 422."""
+    details: list[dict[Literal["field", "message"], str]] | None = None
 
 
 class Error(Answer):
@@ -820,32 +675,25 @@ class Error(Answer):
 
 BCRYPT_COST = 12
 ISSUER = "onefile-tasks"
-CLOCK_LEEWAY = timedelta(seconds=10)
-SESSION_DAYS_IN_ALL = 180
+CLOCK_LEEWAY_SECONDS = 10
+SESSION_DAYS = 180
 password_workers = ThreadPoolExecutor(os.cpu_count() or 1, "password")
 """Never more hashes at once than cores, and none in the event loop: one takes a quarter of a second."""
 
 
 def password_bytes(password: str) -> bytes:
-    """44 bytes that depend on the whole password: bcrypt reads only 72 and stops at NUL. Ref: NIST SP 800-63B."""
-    whole = unicodedata.normalize("NFKC", password).encode()
-    return base64.b64encode(hashlib.sha256(b"onefile-tasks password\0" + whole).digest())
+    """64 bytes that depend on the whole password: bcrypt reads 72, without NUL. Ref: NIST SP 800-63B §3.1.1.2."""
+    return hashlib.sha256(b"onefile-tasks " + unicodedata.normalize("NFKC", password).encode()).hexdigest().encode()
 
 
 def hash_password(password: str) -> str:
-    """bcrypt, salted; BCRYPT_COST doublings of work."""
+    """Salted bcrypt of 2^BCRYPT_COST rounds."""
     return bcrypt.hashpw(password_bytes(password), bcrypt.gensalt(BCRYPT_COST)).decode()
 
 
 def password_matches(password: str, password_hash: str) -> bool:
     """Compare in constant time."""
     return bcrypt.checkpw(password_bytes(password), password_hash.encode())
-
-
-@functools.cache
-def dummy_hash(cost: int) -> str:
-    """A hash of nothing, of the live cost, so that an unknown user takes as long as a wrong password."""
-    return bcrypt.hashpw(password_bytes(secrets.token_hex()), bcrypt.gensalt(cost)).decode()
 
 
 def new_token() -> str:
@@ -859,11 +707,11 @@ def token_hash(token: str) -> str:
 
 
 def encode_access_token(user_id: int, session_id: int) -> str:
-    """A JWT for one session. Ref: RFC 7519, RFC 9068 §2.2."""
+    """A JWT for one session. Ref: RFC 7519; RFC 9068 §2.2."""
     issued = int(now().timestamp())
-    claims = {"sub": str(user_id), "sid": str(session_id), "typ": "access", "iss": ISSUER, "jti": secrets.token_hex(8)}
-    times = {"iat": issued, "exp": issued + settings.access_token_minutes * 60}
-    return jwt.encode(claims | times, settings.secret_key.get_secret_value(), "HS256")
+    claims: dict[str, Any] = {"iss": ISSUER, "sub": str(user_id), "sid": str(session_id), "typ": "access"}
+    claims |= {"iat": issued, "exp": issued + settings.access_token_minutes * 60, "jti": secrets.token_hex(8)}
+    return jwt.encode(claims, settings.secret_key.get_secret_value(), "HS256")
 
 
 def decode_access_token(token: str) -> tuple[int, int] | None:
@@ -871,102 +719,118 @@ def decode_access_token(token: str) -> tuple[int, int] | None:
 
     Expiry is compared with `now()`, not by PyJWT, so that one clock rules and a test can set it.
     """
-    required = ["sub", "sid", "iat", "exp", "jti", "typ", "iss"]
-    options: Any = {"require": required, "verify_exp": False, "verify_iat": False}
+    options: Any = {
+        "require": ["iss", "sub", "sid", "typ", "iat", "exp", "jti"],
+        "verify_exp": False,
+        "verify_iat": False,
+    }
     try:
-        key = settings.secret_key.get_secret_value()
-        claims = jwt.decode(token, key, ["HS256"], options=options, issuer=ISSUER)
-        alive = now().timestamp() < int(claims["exp"]) + CLOCK_LEEWAY.total_seconds()
-        return (int(claims["sub"]), int(claims["sid"])) if alive and claims["typ"] == "access" else None
+        claims = jwt.decode(token, settings.secret_key.get_secret_value(), ["HS256"], options, issuer=ISSUER)
+        live = now().timestamp() < int(claims["exp"]) + CLOCK_LEEWAY_SECONDS and claims["typ"] == "access"
+        return (int(claims["sub"]), int(claims["sid"])) if live else None
     except (jwt.PyJWTError, ValueError):
         return None
 
 
 # ── 7 Dependencies ──────────────────────────────────────────────────────────────────────────────
-# A route's signature reads as a list of requirements: CurrentUser, AdminUser, OwnedTask, TaskQuery.
+# A route's signature reads as a list of requirements: CurrentUser, AdminUser, OwnedTask, TaskEdit.
 # Who asks is found out once, before the body is read (section 8); these only insist on it.
 
-UserRow = sa.Row[Any]
-principals = sa.select(
-    users, sessions.c.id.label("session_id"), sessions.c.created_at.label("session_created_at")
-).join_from(sessions, users)
-"""Users with their live sessions: the one query that says who somebody is."""
+Row = sa.Row[Any]
+session_columns = sessions.c.id.label("session_id"), sessions.c.created_at.label("session_created_at")
+principals = sa.select(users, *session_columns).join_from(sessions, users)
+"""Users joined with their sessions: the one query that says who somebody is."""
 
 
-async def authenticate(authorization: str | None) -> UserRow | None:
+def alive() -> sa.ColumnElement[bool]:
+    """The sessions that still count."""
+    return (sessions.c.expires_at > now()) & users.c.is_active
+
+
+async def authenticate(authorization: str | None) -> Row | None:
     """The user behind an Authorization header, joined with their session, or None."""
     scheme, _, token = (authorization or "").partition(" ")
-    ids = decode_access_token(token.strip()) if scheme.lower() == "bearer" else None
-    if ids is None:
-        return None
-    live = (sessions.c.expires_at > now()) & users.c.is_active
-    async with database.read() as db:
-        found = await db.execute(principals.where(users.c.id == ids[0], sessions.c.id == ids[1], live))
-        return found.one_or_none()
+    user_id, session_id = decode_access_token(token.strip() if scheme.lower() == "bearer" else "") or (0, 0)
+    found = (
+        await fetch(principals.where(users.c.id == user_id, sessions.c.id == session_id, alive())) if user_id else ()
+    )
+    return found[0] if found else None
 
 
-oauth2 = OAuth2PasswordBearer("api/v1/auth/token", auto_error=False, description="Username and password.")
+oauth2 = OAuth2PasswordBearer("api/v1/auth/token", auto_error=False)
 
 
-async def current_user(request: Request, _token: Annotated[str | None, Depends(oauth2)]) -> UserRow:
+async def current_user(request: Request, _token: Annotated[str | None, Depends(oauth2)]) -> Row:
     """The caller. Errors: 401."""
-    user: UserRow | None = request.state.user
-    if user is None:
-        raise not_authenticated()
-    return user
+    if request.state.user is None:
+        raise unauthorized()
+    return request.state.user  # type: ignore[no-any-return]
 
 
-CurrentUser = Annotated[UserRow, Depends(current_user)]
+CurrentUser = Annotated[Row, Depends(current_user)]
 
 
-async def admin_user(user: CurrentUser) -> UserRow:
+async def admin_user(user: CurrentUser) -> Row:
     """The caller, an admin. Errors: 401; 403."""
     if user.role != "admin":
         raise ApiError(403, "admin_required", "Only an admin may do this.")
     return user
 
 
-AdminUser = Annotated[UserRow, Depends(admin_user)]
-Id = Annotated[int, InPath(ge=1, le=MAX_ID)]
-IfMatch = Annotated[str | None, Header()]
-IfNoneMatch = Annotated[str | None, Header()]
+AdminUser = Annotated[Row, Depends(admin_user)]
+Id = Annotated[int, params.Path(ge=1, le=MAX_ID)]
+
+
+async def find_task(db: AsyncConnection, task_id: int, owner_id: int, trashed: bool = False) -> TaskPublic:
+    """One task of one owner, in the trash or out of it. Errors: 404."""
+    place = tasks.c.deleted_at.is_not(None) if trashed else tasks.c.deleted_at.is_(None)
+    mine = sa.select(*public_task).where(tasks.c.id == task_id, tasks.c.owner_id == owner_id, place)
+    if row := (await db.execute(mine)).one_or_none():
+        return TaskPublic(**row._mapping)
+    raise not_found("task", task_id)
 
 
 async def owned_task(task_id: Id, user: CurrentUser) -> TaskPublic:
     """The caller's task, not in the trash. Errors: 404 absent or not yours."""
-    mine = (tasks.c.id == task_id) & (tasks.c.owner_id == user.id) & tasks.c.deleted_at.is_(None)
     async with database.read() as db:
-        row = (await db.execute(sa.select(*TASK_COLUMNS).where(mine))).one_or_none()
-    if row is None:
-        raise not_found("task", task_id)
-    return task_public(row)
-
-
-def task_public(row: sa.Row[Any]) -> TaskPublic:
-    """A row of TASK_COLUMNS as the answer that it becomes."""
-    return TaskPublic.model_validate(row._asdict())
+        return await find_task(db, task_id, user.id)
 
 
 OwnedTask = Annotated[TaskPublic, Depends(owned_task)]
 
 
-def etag_listed(header: str | None, etag: str) -> bool:
-    """Whether a conditional header names this ETag, or is `*`. Ref: RFC 9110 §13.1."""
-    return header is not None and (header.strip() == "*" or etag in [tag.strip() for tag in header.split(",")])
+def etag_matches(header: str, etag: str) -> bool:
+    """Whether a conditional header is `*` or names this ETag. Ref: RFC 9110 §13.1."""
+    return header.strip() == "*" or etag in [tag.strip() for tag in header.split(",")]
 
 
-def conditional(response: Response, etag: str, if_none_match: str | None) -> None:
-    """Stamp the answer with its ETag. Errors: 304 when the caller has it. Ref: RFC 9110 §13.1.2."""
-    weak = etag.removeprefix("W/")
-    if etag_listed(if_none_match, weak) or etag_listed(if_none_match, f"W/{weak}"):
-        raise not_modified(etag)
-    response.headers["ETag"] = etag
+class Reply:
+    """What a route needs to write headers: ETag, Link, Location."""
+
+    def __init__(self, request: Request, response: Response) -> None:
+        self.request, self.headers = request, response.headers
+
+    def tag(self, etag: str) -> None:
+        """Set the ETag; If-None-Match compares weakly. Errors: 304. Ref: RFC 9110 §13.1.2."""
+        if etag_matches(self.request.headers.get("if-none-match", "").replace("W/", ""), etag.removeprefix("W/")):
+            raise ApiError(304, "not_modified", "Not modified.", {"ETag": etag})
+        self.headers["ETag"] = etag
+
+    async def page(self, query: PageQuery, model: type[Item], statement: sa.Select[Any]) -> Page[Item]:
+        """One page of a query, its total, and the Link header. Ref: RFC 8288."""
+        async with database.read() as db:
+            total = await db.scalar(sa.select(sa.func.count()).select_from(statement.order_by(None).subquery())) or 0
+            rows = await db.execute(statement.limit(query.page_size).offset((query.page - 1) * query.page_size))
+            data = [model(**row._mapping) for row in rows]
+        pages = max(1, ceil(total / query.page_size))
+        places = {"first": 1, "prev": min(query.page - 1, pages), "next": query.page + 1, "last": pages}
+        kept = [pair for pair in self.request.query_params.multi_items() if pair[0] != "page"]
+        url = f"{self.request.url.path}?{urlencode([*kept, ('page', '')])}"
+        self.headers["Link"] = ", ".join(f'<{url}{n}>; rel="{rel}"' for rel, n in places.items() if 1 <= n <= pages)
+        return Page(data=data, meta=PageMeta(page=query.page, page_size=query.page_size, total=total, pages=pages))
 
 
-def collection_etag(request: Request, user: UserRow) -> str:
-    """The weak ETag of a list: it is what it was as long as its owner's seq and its URL are."""
-    url = f"{VERSION} {user.id} {request.url.path}?{request.url.query}"
-    return f'W/"{user.seq}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"'
+Answering = Annotated[Reply, Depends()]
 
 
 # ── 8 Rate limits ───────────────────────────────────────────────────────────────────────────────
@@ -974,19 +838,12 @@ def collection_etag(request: Request, user: UserRow) -> str:
 # included router. So one route class asks SlowAPI's limiter itself, before the body is read: no broken
 # body and no spelling of a path escapes the count, and section 10 writes the result on every answer.
 
-limiter = Limiter(lambda request: client_key(request.scope), strategy="moving-window", storage_uri="memory://")
-Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
-extra_limits: dict[Callable[..., Any], str] = {}
+limiter = Limiter(lambda request: address_key(client_address(request.scope)), strategy="moving-window")
 
 
-def limited(name: str) -> Callable[[Endpoint], Endpoint]:
-    """Count a route also against RATE_LIMIT_<name>, per address; `unlimited` takes it out of every count."""
-
-    def mark(endpoint: Endpoint) -> Endpoint:
-        extra_limits[endpoint] = name
-        return endpoint
-
-    return mark
+def client_address(scope: Scope) -> str:
+    """Where the caller is; behind a proxy only if it is one of TRUSTED_PROXIES (section 10)."""
+    return str((scope.get("client") or ("local",))[0])
 
 
 def address_key(address: str) -> str:
@@ -999,94 +856,66 @@ def address_key(address: str) -> str:
     return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
 
 
-def client_address(scope: Scope) -> str:
-    """The caller's address, behind TRUSTED_PROXIES only."""
-    return str((scope.get("client") or ("local",))[0])
-
-
-def client_key(scope: Scope) -> str:
-    """The bucket of an anonymous caller."""
-    return address_key(client_address(scope))
-
-
-def rate_limited(window_ends: float) -> ApiError:
+def rate_limited(reset: float) -> ApiError:
     """429. Ref: RFC 6585 §4."""
-    seconds = max(1, ceil(window_ends - time.time()))
+    seconds = max(1, ceil(reset - time.time()))
     return ApiError(429, "rate_limited", f"Too many requests. Try again in {seconds} s.", {"Retry-After": str(seconds)})
 
 
-def enforce(scope: Scope, *buckets: tuple[str, str]) -> None:
-    """Count against each (limit, key), and leave the tightest window for the answer's headers. Errors: 429."""
-    if settings.rate_limits == "off":
+def enforce(scope: Scope, buckets: dict[str, str]) -> None:
+    """Count against each limit: key, and leave the tightest for the answer's headers. Errors: 429."""
+    if settings.rate_limits == "off" or "none" in buckets:
         return
-    tightest = None
-    for name, key in buckets:
-        limit: RateLimitItem = getattr(settings, f"rate_limit_{name}")
+    tightest = sys.maxsize
+    for name, key in buckets.items():
+        limit = getattr(settings, f"rate_limit_{name}")
         allowed = limiter.limiter.hit(limit, name, key)
-        window = limiter.limiter.get_window_stats(limit, name, key)
-        if not allowed or tightest is None or window.remaining < tightest[1]:
-            tightest = (limit.amount, window.remaining, ceil(window.reset_time))
-            names = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
-            scope["state"]["headers"] = {name: str(value) for name, value in zip(names, tightest, strict=True)}
+        reset, remaining = limiter.limiter.get_window_stats(limit, name, key)
+        if remaining < tightest:
+            tightest, figures = remaining, {"Limit": limit.amount, "Remaining": remaining, "Reset": ceil(reset)}
+            scope["state"]["headers"] = {f"X-RateLimit-{part}": str(figure) for part, figure in figures.items()}
         if not allowed:
-            raise rate_limited(window.reset_time)
+            raise rate_limited(reset)
 
 
-def limited_body(request: Request, max_bytes: int) -> Receive:
-    """Receive, until more than max_bytes were announced or have arrived. Errors: 413."""
-    declared = request.headers.get("content-length", "")
-    arrived = 0
+def guarded_body(request: Request, max_bytes: int, json_only: bool) -> Receive:
+    """Receive JSON, until more than max_bytes have arrived. Errors: 413; 415. Ref: RFC 9110 §15.5."""
+    media_type, arrived = request.headers.get("content-type", "").partition(";")[0].strip().lower(), 0
 
     async def receive() -> Message:
         nonlocal arrived
-        if declared.isdecimal() and int(declared) > max_bytes:
-            raise too_large(max_bytes)
         message = await request.receive()
         arrived += len(message.get("body", b""))
+        if arrived and json_only and not re.fullmatch(r"application/([\w.-]+\+)?json", media_type):
+            raise ApiError(415, "unsupported_media_type", "Send JSON: curl --json, or Content-Type: application/json.")
         if arrived > max_bytes:
-            raise too_large(max_bytes)
+            raise ApiError(413, "body_too_large", f"The body is larger than {max_bytes:,} bytes.")
         return message
 
     return receive
 
 
-def check_media_type(request: Request, is_form: bool) -> None:
-    """Errors: 415 for a body that is not what the route reads. Ref: RFC 9110 §15.5.16."""
-    if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
-        return
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if is_form:
-        if media_type not in ("application/x-www-form-urlencoded", "multipart/form-data"):
-            raise ApiError(415, "unsupported_media_type", "Send a form: curl -d username=… -d password=…")
-    elif not re.fullmatch(r"application/([\w.-]+\+)?json", media_type):
-        raise ApiError(
-            415, "unsupported_media_type", "Send JSON: curl --json '{…}', or Content-Type: application/json."
-        )
-
-
 class Route(APIRoute):
-    """Every route of the API: who asks, the count, the query's names and the media type come before the body."""
+    """Every route of the API: who asks, the count, the query's names and the media type come before the body.
+
+    `openapi_extra={"x-rate-limit": "login"}` counts a route against RATE_LIMIT_LOGIN too, per address; "none" frees it.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Wrap FastAPI's handler. Errors: 413; 415; 422 unknown query parameter; 429."""
-        handle = super().get_route_handler()
-        others = (params.Path, params.Header)
-        known = {p.alias for p in get_flat_params(self.dependant) if not isinstance(p.field_info, others)}
-        bucket = "read" if self.methods == {"GET"} else "write"
-        extra = extra_limits.get(self.endpoint)
-        is_form = self.body_field is not None and "form" in type(self.body_field.field_info).__name__.lower()
+        """FastAPI's handler, guarded. Errors: 413; 415; 422 unknown query parameter; 429."""
+        handle, elsewhere = super().get_route_handler(), (params.Path, params.Header)
+        known = {p.alias for p in get_flat_params(self.dependant) if not isinstance(p.field_info, elsewhere)}
+        bucket, extra = "read" if self.methods == {"GET"} else "write", (self.openapi_extra or {}).get("x-rate-limit")
+        takes_json = self.body_field is not None and not isinstance(self.body_field.field_info, params.Form)
 
         async def guarded(request: Request) -> Response:
             user = request.state.user = await authenticate(request.headers.get("authorization"))
-            address = client_key(request.scope)
-            if extra != "unlimited":
-                mine = (bucket, f"user {user.id}" if user else address)
-                enforce(request.scope, *([(extra, address)] if extra else []), mine)
+            address = address_key(client_address(request.scope))
+            counts = {extra: address} if extra else {}
+            enforce(request.scope, counts | {bucket: f"user {user.id}" if user else address})
             if not request.query_params.keys() <= known:
-                raise invalid("query", f"has an unknown parameter; known are: {', '.join(sorted(known)) or 'none'}")
-            if self.body_field is not None:
-                check_media_type(request, is_form)
-            return await handle(Request(request.scope, limited_body(request, settings.max_body_kib * 1024)))
+                raise invalid(("query", f"has an unknown parameter; known are: {', '.join(sorted(known)) or 'none'}"))
+            return await handle(Request(request.scope, guarded_body(request, settings.max_body_kib * 1024, takes_json)))
 
         return guarded
 
@@ -1108,136 +937,176 @@ POLL_SECONDS = 2.0
 
 
 class Change(NamedTuple):
-    """One change of one task, its task already encoded."""
+    """What a stream sends: a change of one task, or without a text nothing, when a purge only moved the seq."""
 
     seq: int
     kind: str
-    task_json: str
-
-
-class Frame(NamedTuple):
-    """What a stream sends: `seq` is None for what is no change."""
-
-    kind: str
-    seq: int | None
     text: str
 
 
-RESYNC = Frame("resync_required", None, '{"type":"resync_required"}')
+def change_of(task: TaskPublic, kind: str) -> Change:
+    """A task as the change that left it so, encoded once for all streams."""
+    kind = "deleted" if task.deleted_at else kind
+    return Change(task.version, kind, f'{{"type":"{kind}","seq":{task.version},"task":{task.model_dump_json()}}}')
 
 
-class Stream:
-    """One live connection: where it is, and why it has to end once it has to."""
+class Marks(NamedTuple):
+    """A user's numbers at one moment, and their tasks that changed after a cursor, oldest change first."""
 
-    def __init__(self, feed: "Feed", user: UserRow, client_id: str | None) -> None:
-        self.feed, self.client_id = feed, client_id
-        self.user_id, self.session_id = user.id, user.session_id
-        self.cursor = self.replay_until = self.purged_seq = 0
-        self.stale = False
-        self.closing: tuple[int, str] | None = None
-        self.wake = asyncio.Event()
+    seq: int
+    purged_seq: int
+    tasks: list[TaskPublic]
 
-    def start(self, marks: "ChangeSet", since: int | None) -> None:
-        """Start after `since`, or at now; a stale cursor starts at now and says so."""
-        self.stale = since is not None and marks.stale(since, self.purged_seq)
-        self.replay_until, self.purged_seq = marks.seq, marks.purged_seq
-        self.cursor = marks.seq if since is None or self.stale else since
+    def stale(self, since: int, known_purge: int = 0) -> bool:
+        """Whether who has seen `since`, and knows of purges up to `known_purge`, has missed a deletion for ever."""
+        return since > self.seq or 0 < since < self.purged_seq != known_purge
 
-    def close(self, code: int, reason: str) -> None:
-        """End the stream with a WebSocket close code; the first reason stands."""
-        self.closing = self.closing or (code, reason)
-        self.wake.set()
+
+async def changes_after(user_id: int, since: int, limit: int = BATCH) -> Marks:
+    """`version > since ORDER BY version`, deletions included, in one snapshot. Errors: 401 if the user is gone."""
+    changed = sa.select(*public_task).where(tasks.c.owner_id == user_id, tasks.c.version > since)
+    async with database.read() as db:
+        user = (await db.execute(sa.select(users.c.seq, users.c.purged_seq).where(users.c.id == user_id))).one_or_none()
+        rows = (await db.execute(changed.order_by(tasks.c.version).limit(limit))).all()
+    if user is None:
+        raise unauthorized()
+    return Marks(user.seq, user.purged_seq, [TaskPublic(**row._mapping) for row in rows])
 
 
 class Feed:
-    """The open streams of one user, and the ring: every change with `after < seq <= last`, oldest first."""
+    """The open streams of one user, and a ring of their last changes, without a gap up to the seq `last`."""
 
     def __init__(self) -> None:
         self.streams: set[Stream] = set()
-        self.ring: deque[Change] = deque()
-        self.after = self.last = 0
+        self.ring: deque[Change] = deque(maxlen=RING_SIZE)
+        self.last = 0
 
-    def publish(self, first: int, last: int, changes: list[Change]) -> None:
-        """Append what a commit did to seqs first..last, and wake the streams; a gap empties the ring."""
-        if first != self.last + 1:
-            self.reset(max(first - 1, self.last))
-        if last > self.last:
-            self.ring.extend(changes)
-            self.last = last
-        while len(self.ring) > RING_SIZE:
-            self.after = self.ring.popleft().seq
-        self.wake()
-
-    def reset(self, seq: int) -> None:
-        """Forget the ring: whoever is behind `seq` asks the database."""
-        self.ring.clear()
-        self.after = self.last = seq
+    def publish(self, change: Change) -> None:
+        """Append what a commit did."""
+        if change.seq == self.last + 1:
+            self.ring.append(change)
+            self.last = change.seq
+        self.observe(change.seq)
 
     def observe(self, seq: int) -> None:
-        """The database is at `seq`; what the ring does not know of happened in another process."""
+        """The user is at `seq`; after a gap (another process wrote) the ring starts anew. Wakes the streams."""
         if seq > self.last:
-            self.reset(seq)
-            self.wake()
-
-    def wake(self) -> None:
-        """Let every stream look."""
+            self.ring.clear()
+            self.last = seq
         for stream in self.streams:
             stream.wake.set()
+
+    def reaches_back_to(self, seq: int) -> bool:
+        """Whether the ring holds everything after `seq`."""
+        return seq >= (self.ring[0].seq - 1 if self.ring else self.last)
 
 
 feeds: dict[int, Feed] = {}
 
 
+class Stream:
+    """One live connection: where it is, and why it has to end once it has to."""
+
+    def __init__(self, user: Row, client_id: str | None) -> None:
+        self.user_id, self.session_id, self.client_id = user.id, user.session_id, client_id
+        self.cursor, self.replay_until, self.known_purge, self.stale = 0, 0, 0, False
+        self.wake, self.closing = asyncio.Event(), (0, "")
+
+    def close(self, code: int, reason: str) -> None:
+        """End with a WebSocket close code; the first reason stands."""
+        self.closing = self.closing if self.closing[0] else (code, reason)
+        self.wake.set()
+
+    async def missed(self) -> list[Change]:
+        """What was not sent yet: from the ring, or for a replay and after a gap from the database."""
+        feed = feeds[self.user_id]
+        in_ring = self.cursor >= self.replay_until and feed.reaches_back_to(self.cursor)
+        if in_ring and not self.stale:
+            return [change for change in feed.ring if change.seq > self.cursor]
+        marks = await shielded(changes_after(self.user_id, self.cursor))
+        feed.observe(marks.seq)
+        if self.stale or marks.stale(self.cursor, self.known_purge):
+            self.stale, self.known_purge = False, marks.purged_seq
+            return [Change(marks.seq, "resync_required", '{"type":"resync_required"}')]
+        return [change_of(task, "updated") for task in marks.tasks] or [Change(marks.seq, "purged", "")]
+
+    async def changes(self) -> AsyncIterator[Change]:
+        """Everything after the cursor, in seq order, none twice, until closed."""
+        while not self.closing[0]:
+            self.wake.clear()
+            for change in await self.missed():
+                self.cursor = change.seq
+                if change.text:
+                    yield change
+            if self.cursor >= feeds[self.user_id].last:
+                await self.wake.wait()
+
+
+@contextlib.asynccontextmanager
+async def open_stream(user: Row, since: int | None, client_id: str | None = None) -> AsyncIterator[Stream]:
+    """A registered stream; it replaces the user's other one with the same client_id. Errors: 401."""
+    feed, stream = feeds.setdefault(user.id, Feed()), Stream(user, client_id)
+    for other in [other for other in feed.streams if client_id and other.client_id == client_id]:
+        other.close(4409, "replaced by a newer connection")
+    feed.streams.add(stream)
+    try:
+        # Registered first, looked second: a commit in between is noticed by one or the other.
+        marks = await shielded(changes_after(user.id, MAX_ID))
+        feed.observe(marks.seq)
+        stream.stale = since is not None and marks.stale(since)
+        stream.cursor = marks.seq if since is None or stream.stale else since
+        stream.replay_until, stream.known_purge = marks.seq, marks.purged_seq
+        yield stream
+    finally:
+        feed.streams.discard(stream)
+        if not feed.streams:
+            feeds.pop(user.id, None)
+
+
+async def look_around() -> None:
+    """Close the streams whose session has ended, and notice what other processes have written."""
+    streams = [stream for feed in feeds.values() for stream in feed.streams]
+    wanted = sessions.c.id.in_({stream.session_id for stream in streams})
+    seqs = {row.session_id: row.seq for row in await fetch(principals.where(wanted, alive()))} if streams else {}
+    for stream in streams:
+        if stream.session_id not in seqs:
+            stream.close(4401, "the session has ended")
+        elif feed := feeds.get(stream.user_id):
+            feed.observe(seqs[stream.session_id])
+
+
 class Transaction:
-    """A write to one user's tasks. `seq` is the last one taken; `write` and `remember` keep what to publish."""
+    """A change of one user's tasks, at the `seq` that it took."""
 
-    def __init__(self, db: AsyncConnection, user_id: int) -> None:
-        self.db, self.user_id, self.seq, self.first = db, user_id, 0, 0
-        self.changes: list[Change] = []
+    def __init__(self, db: AsyncConnection, user_id: int, seq: int) -> None:
+        self.db, self.user_id, self.seq = db, user_id, seq
+        self.change = Change(seq, "purged", "")
 
-    async def take_seq(self) -> None:
-        """Take the user's next seq; on PostgreSQL this also locks their row. Errors: 401 if they are gone."""
-        step = sa.update(users).where(users.c.id == self.user_id).values(seq=users.c.seq + 1).returning(users.c.seq)
-        seq = await self.db.scalar(step)
-        if seq is None:
-            raise not_authenticated()
-        self.first, self.seq = self.first or seq, seq
-
-    async def task(self, task_id: int, if_match: str | None = None, trashed: bool = False) -> TaskPublic:
-        """The user's task as it is now. Errors: 404 absent, not theirs, or on the other side; 412 stale version."""
-        place = tasks.c.deleted_at.is_not(None) if trashed else tasks.c.deleted_at.is_(None)
-        mine = (tasks.c.id == task_id) & (tasks.c.owner_id == self.user_id) & place
-        row = (await self.db.execute(sa.select(*TASK_COLUMNS).where(mine))).one_or_none()
-        if row is None:
-            raise not_found("task", task_id)
-        if if_match is not None and not etag_listed(if_match, f'"{row.version}"'):
-            raise ApiError(412, "version_mismatch", f'The task is at version "{row.version}" now.')
-        return task_public(row)
-
-    async def save(self, kind: str, before: TaskPublic | None, values: dict[str, Any]) -> TaskPublic:
-        """Write a new task or new values, with all that follows from them, stamped with `seq`."""
-        merged = (before.model_dump() if before else {}) | values
-        moment = now()
-        completed_at = (merged.get("completed_at") or moment) if merged["status"] == "done" else None
-        search_text = folded(f"{merged['title']}\x1f{merged['description'] or ''}")
-        values = values | {
-            "seq": self.seq,
-            "updated_at": moment,
-            "completed_at": completed_at,
-            "search_text": search_text,
-        }
-        if before:
-            statement: Any = sa.update(tasks).where(tasks.c.id == before.id).values(values)
-        else:
-            statement = sa.insert(tasks).values({"owner_id": self.user_id, "created_at": moment} | values)
-        task = task_public((await self.db.execute(statement.returning(*TASK_COLUMNS))).one())
-        self.changes.append(Change(task.version, kind, task.model_dump_json()))
+    async def find(self, task_id: int, if_match: str | None, trashed: bool) -> TaskPublic:
+        """The task as it is now. Errors: 404; 412 stale version. Ref: RFC 9110 §13.1.1."""
+        task = await find_task(self.db, task_id, self.user_id, trashed)
+        if if_match is not None and not etag_matches(if_match, f'"{task.version}"'):
+            raise ApiError(412, "version_mismatch", f'The task is at version "{task.version}" now.')
         return task
 
-    async def purge(self, trashed_before: datetime) -> int:
-        """Delete this trash for good and remember the highest seq removed. Returns how many."""
-        old = (tasks.c.owner_id == self.user_id) & (tasks.c.deleted_at <= trashed_before)
-        highest = await self.db.scalar(sa.select(sa.func.max(tasks.c.seq)).where(old))
+    async def save(self, before: TaskPublic | None, values: dict[str, Any]) -> TaskPublic:
+        """Write a new task, or new values of one, with all that follows from them."""
+        moment = now()
+        merged = (before.model_dump() if before else {"completed_at": None}) | values
+        merged |= {"completed": merged["status"] == "done", "version": self.seq, "updated_at": moment}
+        merged["completed_at"] = (merged["completed_at"] or moment) if merged["completed"] else None
+        merged["search_text"] = folded(f"{merged['title']}\x1f{merged['description'] or ''}")
+        new = {"owner_id": self.user_id, "attachments": 0, "created_at": moment} | merged
+        written: Any = sa.update(tasks).where(tasks.c.id == before.id) if before else sa.insert(tasks)
+        row = (await self.db.execute(written.values(merged if before else new).returning(*public_task))).one()
+        task = TaskPublic(**row._mapping)
+        self.change = change_of(task, "updated" if before else "created")
+        return task
+
+    async def purge(self, until: datetime) -> int:
+        """Delete the trash up to a moment for good, and remember the highest seq removed. Returns how many."""
+        old = (tasks.c.owner_id == self.user_id) & (tasks.c.deleted_at <= until)
+        highest = await self.db.scalar(sa.select(sa.func.max(tasks.c.version)).where(old))
         if highest is not None:
             await self.db.execute(sa.update(users).where(users.c.id == self.user_id).values(purged_seq=highest))
         return (await self.db.execute(sa.delete(tasks).where(old))).rowcount
@@ -1245,114 +1114,96 @@ class Transaction:
 
 @contextlib.asynccontextmanager
 async def changing(user_id: int) -> AsyncIterator[Transaction]:
-    """A transaction that takes one seq of the user, commits, and then tells their streams. Errors: 401."""
+    """Take the user's next seq, commit, and then tell their streams. Errors: 401 if the user is gone."""
+    step = sa.update(users).where(users.c.id == user_id).values(seq=users.c.seq + 1).returning(users.c.seq)
     async with database.write() as db:
-        transaction = Transaction(db, user_id)
-        await transaction.take_seq()
+        seq = await db.scalar(step)
+        if seq is None:
+            raise unauthorized()
+        transaction = Transaction(db, user_id, seq)
         yield transaction
     if feed := feeds.get(user_id):
-        feed.publish(transaction.first, transaction.seq, transaction.changes)
+        feed.publish(transaction.change)
 
 
-class ChangeSet(NamedTuple):
-    """Tasks changed after a cursor, oldest change first, and the user's numbers at that moment."""
+# ── 10 Application ──────────────────────────────────────────────────────────────────────────────
+# Start-up happens inside one write transaction, so that several processes may start at once. Around
+# everything lies one ASGI layer of ours: FastAPI's handlers run inside its middleware and never see each
+# other's failures, and only the outermost layer can put an id and the limits on every answer.
 
-    tasks: list[TaskPublic]
-    seq: int
-    purged_seq: int
-
-    def stale(self, since: int, purged_seq: int = 0) -> bool:
-        """Whether a client at `since`, which knows of purges up to `purged_seq`, has missed a deletion for ever."""
-        return since > self.seq or 0 < since < self.purged_seq != purged_seq
-
-
-async def changes_after(user_id: int, since: int, limit: int) -> ChangeSet:
-    """`seq > since ORDER BY seq`, deletions included, in one snapshot. Errors: 401 if the user is gone."""
-    changed = sa.select(*TASK_COLUMNS).where(tasks.c.owner_id == user_id, tasks.c.seq > since)
-    async with database.read() as db:
-        marks = await db.execute(sa.select(users.c.seq, users.c.purged_seq).where(users.c.id == user_id))
-        rows = await db.execute(changed.order_by(tasks.c.seq).limit(limit))
-        found = marks.one_or_none()
-        if found is None:
-            raise not_authenticated()
-        return ChangeSet([task_public(row) for row in rows], found.seq, found.purged_seq)
+SEND_SECONDS = 20.0
+CLEANUP_SECONDS = 3600.0
+started_at = time.monotonic()
+last_cleanup: dict[str, int | datetime] | None = None
 
 
-@contextlib.asynccontextmanager
-async def open_stream(user: UserRow, since: int | None, client_id: str | None = None) -> AsyncIterator[Stream]:
-    """A registered stream; it takes the place of the user's other one with the same client_id."""
-    feed = feeds.setdefault(user.id, Feed())
-    stream = Stream(feed, user, client_id)
-    for other in feed.streams:
-        if client_id is not None and other.client_id == client_id:
-            other.close(4409, "replaced by a newer connection")
-    feed.streams.add(stream)
+class LogFormatter(logging.Formatter):
+    """One line a record, as text for people or as JSON for machines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The time, what happened, and the traceback of a failure."""
+        entry = {"time": now().isoformat(timespec="milliseconds"), "level": record.levelname.lower()}
+        entry |= record.msg if isinstance(record.msg, dict) else {"message": record.getMessage()}
+        entry |= {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
+        return json.dumps(entry) if settings.log_format == "json" else " ".join(map(str, entry.values()))
+
+
+def load_secret(path: Path) -> SecretStr:
+    """SECRET_KEY, or the one generated on the first start and kept beside the database, mode 0600."""
+    if not settings.secret_key.get_secret_value() and not path.exists():
+        with open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+            file.write(new_token())
+    return settings.secret_key if settings.secret_key.get_secret_value() else SecretStr(path.read_text())
+
+
+def checked(kind: Any, value: str, name: str) -> str:
+    """A value that no request brought. Errors: SystemExit that names it."""
     try:
-        # Registered first, looked second: a commit in between is noticed by one or the other.
-        marks = await shielded(changes_after(user.id, MAX_ID, 1))
-        feed.observe(marks.seq)
-        stream.start(marks, since)
-        yield stream
-    finally:
-        feed.streams.discard(stream)
-        if not feed.streams and feeds.get(user.id) is feed:
-            del feeds[user.id]
+        return str(pydantic.TypeAdapter(kind).validate_python(value))
+    except ValidationError as error:
+        raise SystemExit(f"{name}: {plain(error)}") from None
 
 
-async def missed(stream: Stream) -> list[Change]:
-    """What the stream has not sent yet: from the ring, or from the database when it is too far behind."""
-    feed = stream.feed
-    if stream.cursor >= feed.after:
-        newer = [*itertools.takewhile(lambda change: change.seq > stream.cursor, reversed(feed.ring))]
-        stream.cursor = stream.cursor if newer else max(stream.cursor, feed.last)
-        return newer[::-1]
-    found = await changes_after(stream.user_id, stream.cursor, BATCH)
-    feed.observe(found.seq)
-    if found.stale(stream.cursor, stream.purged_seq):
-        stream.start(found, stream.cursor)
-        return []
-    if not found.tasks:
-        stream.cursor = found.seq
-    return [
-        Change(task.version, "deleted" if task.deleted_at else "updated", task.model_dump_json())
-        for task in found.tasks
-    ]
+def new_user(name: str, password: str, role: str, email: str | None = None) -> dict[str, Any]:
+    """The columns of a new account. It hashes: in a request, call it in a worker."""
+    secret = {"username_key": folded(name), "password_hash": hash_password(password), "seq": 0, "purged_seq": 0}
+    return secret | {"username": name, "email": email, "role": role, "is_active": True, "created_at": now()}
 
 
-async def follow(stream: Stream) -> AsyncIterator[Frame]:
-    """Everything after the stream's cursor, in seq order, none twice, until it is closed."""
-    while stream.closing is None:
-        stream.wake.clear()
-        changes = await shielded(missed(stream))
-        if stream.stale:
-            stream.stale = False
-            yield RESYNC
-        for seq, kind, task_json in changes:
-            stream.cursor = seq
-            kind = "updated" if kind == "created" and seq <= stream.replay_until else kind
-            yield Frame(kind, seq, f'{{"type":"{kind}","seq":{seq},"task":{task_json}}}')
-        if not changes:
-            await stream.wake.wait()
+async def open_database() -> None:
+    """Open the database, create what is missing, load the secret, create the first admin. Errors: SystemExit."""
+    given = settings.admin_password.get_secret_value()
+    name, password = checked(Username, settings.admin_username, "ADMIN_USERNAME"), given or new_token()
+    columns = new_user(name, checked(Password, password, "ADMIN_PASSWORD"), "admin")
+    try:
+        database.open(settings.data_dir)
+    except OSError as error:
+        raise SystemExit(f"DATA_DIR: {error}") from None
+    async with database.write() as db:
+        await db.run_sync(SQLModel.metadata.create_all)
+        settings.secret_key = load_secret(settings.data_dir / "secret_key")
+        first_start = await db.scalar(sa.select(sa.func.count()).select_from(users)) == 0
+        if first_start:
+            await db.execute(sa.insert(users).values(columns))
+    if first_start and not given:
+        print(f"  Admin      {name}, password {password}   (shown only now)", flush=True)  # noqa: T201
 
 
-async def look_around() -> None:
-    """Close the streams whose session has ended, and notice what other processes have written."""
-    streams = [stream for feed in feeds.values() for stream in feed.streams]
-    if not streams:
-        return
-    wanted = sessions.c.id.in_({stream.session_id for stream in streams})
-    async with database.read() as db:
-        alive = await db.execute(principals.where(wanted, sessions.c.expires_at > now(), users.c.is_active))
-        seqs = {row.session_id: row.seq for row in alive}
-    for stream in streams:
-        if stream.session_id in seqs:
-            stream.feed.observe(seqs[stream.session_id])
-        else:
-            stream.close(4401, "the session has ended")
+async def clean_up() -> None:
+    """Remove what has expired: sessions, used refresh tokens, trash older than TRASH_DAYS."""
+    global last_cleanup
+    moment, purged = now(), 0
+    oldest = moment - timedelta(days=settings.trash_days)
+    ended = await execute(sa.delete(sessions).where(sessions.c.expires_at <= moment))
+    used = await execute(sa.delete(refresh_tokens).where(refresh_tokens.c.expires_at <= moment))
+    for (owner_id,) in await fetch(sa.select(tasks.c.owner_id).where(tasks.c.deleted_at <= oldest).distinct()):
+        async with changing(owner_id) as transaction:
+            purged += await transaction.purge(oldest)
+    last_cleanup = {"finished_at": now(), "sessions": ended, "refresh_tokens": used, "tasks": purged}
 
 
-async def every(seconds: float, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
-    """Do it again and again; a failure is logged and the next turn tries anew."""
+async def every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Do it again and again; after a failure the next turn tries anew."""
     while True:
         await asyncio.sleep(seconds)
         try:
@@ -1361,132 +1212,29 @@ async def every(seconds: float, work: Callable[[], Coroutine[Any, Any, object]])
             log.exception("background work failed")
 
 
-# ── 10 Application ──────────────────────────────────────────────────────────────────────────────
-# Start-up happens inside one write transaction, so that several processes may start at once. Around
-# everything lies one ASGI layer of ours: FastAPI's own handlers run inside of middleware and never see
-# each other's failures, and only the outermost layer can put an id and limits on every answer.
-
-SEND_SECONDS = 20.0
-CLEANUP_SECONDS = 3600.0
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-started_at = time.monotonic()
-last_cleanup: CleanupResult | None = None
-
-
-class LogFormatter(logging.Formatter):
-    """One line a record: text for people, JSON for machines."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """`time level message`, or the same as an object; a traceback follows in its own lines or field."""
-        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        entry = {"time": moment, "level": record.levelname.lower(), "message": record.getMessage()}
-        entry |= getattr(record, "request", {})
-        if record.exc_info:
-            entry["traceback"] = self.formatException(record.exc_info)
-        if settings.log_format == "json":
-            return json.dumps({name: value for name, value in entry.items() if value is not None})
-        return "\n".join([f"{moment} {entry['message']}", *filter(None, [entry.get("traceback")])])
-
-
-def configure_logging() -> None:
-    """Log to standard error; uvicorn's own access log prints query strings, so ours takes its place."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter())
-    log.handlers, log.propagate = [handler], False
-    log.setLevel(settings.log_level.upper())
-    logging.getLogger("uvicorn.access").disabled = True
-
-
-def announce(text: str) -> None:
-    """Tell the person who started the program."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-def load_secret(directory: Path) -> SecretStr:
-    """SECRET_KEY, or the one generated on the first start and kept beside the database, mode 0600."""
-    path = directory / "secret_key"
-    if not settings.secret_key.get_secret_value():
-        if not path.exists():
-            with open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
-                file.write(secrets.token_urlsafe(48))
-        return SecretStr(path.read_text())
-    return settings.secret_key
-
-
-def new_user(name: str, password_hash: str, role: str = "user", email: str | None = None) -> dict[str, Any]:
-    """The columns of a new account."""
-    key = folded(name)
-    columns = {"username": name, "username_key": key, "email": email, "password_hash": password_hash, "role": role}
-    return columns | {"is_active": True, "seq": 0, "purged_seq": 0, "created_at": now()}
-
-
-async def open_database() -> None:
-    """Open the database, create what is missing, load the secret, create the first admin. Errors: SystemExit."""
-    try:
-        name = username(settings.admin_username)
-        password = uncommon(settings.admin_password.get_secret_value() or new_token())
-        if len(password) < 8:
-            raise ValueError("must be at least 8 characters")
-        database.open(settings.data_dir)
-    except ValueError as error:
-        raise SystemExit(f"ADMIN_USERNAME or ADMIN_PASSWORD: {error}") from None
-    except OSError as error:
-        raise SystemExit(f"DATA_DIR: {error}") from None
-    async with database.write() as db:
-        await db.run_sync(SQLModel.metadata.create_all)
-        settings.secret_key = load_secret(settings.data_dir)
-        first_start = not await db.scalar(sa.select(sa.exists(sa.select(users.c.id))))
-        if first_start:
-            await db.execute(sa.insert(users).values(new_user(name, hash_password(password), "admin")))
-    if first_start and not settings.admin_password.get_secret_value():
-        announce(f"  Admin      {name}, password {password}   (shown only now; change it after logging in)")
-
-
-async def clean_up() -> CleanupResult:
-    """Remove what has expired: sessions, used refresh tokens, trash older than TRASH_DAYS."""
-    global last_cleanup
-    moment = now()
-    oldest_trash = moment - timedelta(days=settings.trash_days)
-    async with database.write() as db:
-        ended = await db.execute(sa.delete(sessions).where(sessions.c.expires_at <= moment))
-        used = await db.execute(sa.delete(refresh_tokens).where(refresh_tokens.c.expires_at <= moment))
-        owners = await db.scalars(sa.select(tasks.c.owner_id).where(tasks.c.deleted_at <= oldest_trash).distinct())
-    purged = 0
-    for owner in owners.all():
-        async with changing(owner) as transaction:
-            purged += await transaction.purge(oldest_trash)
-    last_cleanup = CleanupResult(finished_at=now(), sessions=ended.rowcount, refresh_tokens=used.rowcount, tasks=purged)
-    return last_cleanup
+def end_streams() -> None:
+    """The server is going away. Ref: RFC 6455 §7.4.1."""
+    for stream in [stream for feed in feeds.values() for stream in feed.streams]:
+        stream.close(1001, "the server is going away")
 
 
 @contextlib.asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     """Start: logging, database, background work. Stop: end the streams, finish the writes, close."""
-    global started_at
-    configure_logging()
+    log.handlers, log.propagate = [logging.StreamHandler()], False
+    log.handlers[0].setFormatter(LogFormatter())
+    log.setLevel(settings.log_level.upper())
+    logging.getLogger("uvicorn.access").disabled = True  # It prints query strings; ours takes its place.
     await open_database()
-    dummy_hash(BCRYPT_COST)
-    started_at = time.monotonic()
-    background = [
-        asyncio.create_task(every(POLL_SECONDS, look_around)),
-        asyncio.create_task(every(CLEANUP_SECONDS, clean_up)),
-    ]
-    announce(f"  Data       {(settings.data_dir / 'tasks.db').resolve()}")
+    print(f"  Data       {settings.data_dir.resolve() / 'tasks.db'}", flush=True)  # noqa: T201
+    work = {POLL_SECONDS: look_around, CLEANUP_SECONDS: clean_up}
+    background = [asyncio.create_task(every(*each)) for each in work.items()]
     yield
     end_streams()
     for task in background:
         task.cancel()
-    if unfinished:
-        await asyncio.wait(unfinished, timeout=3)
+    await asyncio.wait([*unfinished, *background], timeout=3)
     await database.close()
-
-
-def end_streams() -> None:
-    """The server is going away. Ref: RFC 6455 §7.4.1."""
-    for feed in feeds.values():
-        for stream in feed.streams:
-            stream.close(1001, "the server is going away")
 
 
 class SlowClient(Exception):
@@ -1497,44 +1245,35 @@ class Exchange:
     """One request or socket as the outermost layer sees it: id, status, time, and a `send` that completes answers."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
-        self.raw_send, self.original = send, scope
-        asked = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
-        self.request_id = asked if REQUEST_ID.fullmatch(asked) else secrets.token_hex(8)
+        self.method, self.path, self.raw_send = scope.get("method", "WEBSOCKET"), scope["path"], send
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        self.request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else secrets.token_hex(8)
         self.state = {**scope.get("state", {}), "request_id": self.request_id, "user": None, "headers": {}}
+        self.scope = {**scope, "state": self.state, "path": self.path.removesuffix("/") or "/"}
+        self.scope |= {"method": "GET"} if self.method == "HEAD" else {}
         self.began, self.status = time.perf_counter(), 0
-        path = scope["path"]
-        self.scope = {**scope, "state": self.state, "path": path[:-1] if len(path) > 1 and path.endswith("/") else path}
-        if scope.get("method") == "HEAD":
-            self.scope["method"] = "GET"
 
     async def send(self, message: Message) -> None:
-        """Add id and limits to the head, drop the body of a HEAD, and give up on a peer that does not read."""
+        """Put id and limits on the head, drop the body of a HEAD, give up on a peer that does not read."""
+        self.status = message.get("status") or message.get("code") or self.status
         if message["type"] == "http.response.start":
-            self.status = message["status"]
             MutableHeaders(scope=message).update({"X-Request-ID": self.request_id} | self.state["headers"])
-        elif message["type"] == "http.response.body" and self.original["method"] == "HEAD":
-            message = {**message, "body": b""}
-        elif message["type"] in ("websocket.accept", "websocket.close"):
-            self.status = message.get("code", 101)
+        if self.method == "HEAD":
+            message["body"] = b""
         try:
             async with asyncio.timeout(SEND_SECONDS):
                 await self.raw_send(message)
         except TimeoutError:
-            # Only the transport itself can drop what such a peer never takes; ASGI has no word for it.
-            transport = getattr(getattr(self.raw_send, "__self__", None), "transport", None)
-            if transport is not None and message["type"] != "websocket.send":
-                transport.abort()
+            # ASGI has no word for it: only the transport can drop what such a peer never takes.
+            if message["type"] != "websocket.send" and hasattr(self.raw_send, "__self__"):
+                self.raw_send.__self__.transport.abort()
             raise SlowClient from None
 
     def log(self) -> None:
-        """One line; the path is percent-encoded, so that it cannot forge another line, and has no query."""
-        method, path = self.original.get("method", "WEBSOCKET"), quote(self.original["path"])
+        """One line. The path is percent-encoded, so that it cannot forge another line, and has no query."""
         milliseconds = round((time.perf_counter() - self.began) * 1000, 1)
-        user = self.state["user"]
-        fields = {"request_id": self.request_id, "method": method, "path": path, "status": self.status}
-        fields |= {"milliseconds": milliseconds, "user_id": user.id if user else None}
-        line = f"{self.request_id} {method} {path} {self.status} {milliseconds} ms user {user.id if user else '-'}"
-        log.info(line, extra={"request": fields})
+        entry = {"request_id": self.request_id, "method": self.method, "path": quote(self.path), "status": self.status}
+        log.info(entry | {"milliseconds": milliseconds, "user_id": self.state["user"] and self.state["user"].id})
 
 
 class Gateway:
@@ -1544,121 +1283,131 @@ class Gateway:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run one request: a write to its end even if cancelled, a failure into a 500 with the request's id."""
+        """Run one request: a write to its end even if cancelled, a failure into an error with the request's id."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         exchange = Exchange(scope, send)
         try:
             run = self.app(exchange.scope, receive, exchange.send)
-            await (run if scope.get("method", "GET") in ("GET", "HEAD") else shielded(run))
-        except (SlowClient, ClientDisconnect, WebSocketDisconnect):
+            await (run if exchange.method in ("GET", "HEAD", "WEBSOCKET") else shielded(run))
+        except (SlowClient, WebSocketDisconnect):
             log.debug("%s the client is gone", exchange.request_id)
-        except Exception:
+        except Exception as error:
             log.exception("%s failed", exchange.request_id)
             if exchange.status == 0 and scope["type"] == "http":
-                error = ApiError(500, "internal_error", "Something failed here; the log knows this request_id.")
-                await error_response(error, exchange.request_id)(scope, receive, exchange.send)
+                await explain(error).response(exchange.request_id)(scope, receive, exchange.send)
         finally:
             exchange.log()
 
 
-app: FastAPI = (FastAPIOffline if settings.docs == "on" else functools.partial(FastAPI, openapi_url=None))(
+def explain(error: Exception) -> ApiError:
+    """Whatever was raised, as the error that a client sees. What they sent is not repeated."""
+    match error:
+        case ApiError():
+            return error
+        case RequestValidationError():
+            fields = [(".".join(map(str, each["loc"][1:] or each["loc"])), each) for each in error.errors()]
+            if any(each["type"] == "json_invalid" for _, each in fields):
+                return ApiError(400, "invalid_json", "The body is not valid JSON.")
+            details = [{"field": name, "message": each["msg"].removeprefix("Value error, ")} for name, each in fields]
+            message = "; ".join(f"{each['field']}: {each['message']}" for each in details)
+            return ApiError(422, "validation_failed", message, details=details)
+        case StarletteHTTPException(status_code=404):
+            return ApiError(404, "not_found", "No such path. All of them stand in /docs.")
+        case StarletteHTTPException(status_code=405):
+            return ApiError(405, "method_not_allowed", "This path has other methods: see Allow.", error.headers)
+        case StarletteHTTPException():
+            return ApiError(400, "invalid_json", "The body cannot be read.")
+        case sa.exc.OperationalError() | sa.exc.TimeoutError():
+            return ApiError(
+                503, "database_unavailable", "The database does not answer. Try again.", {"Retry-After": "5"}
+            )
+    return ApiError(500, "internal_error", "Something failed here; the log knows more by this request_id.")
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    """The framework's errors and ours; everything else reaches the Gateway."""
+    if isinstance(error, StarletteHTTPException) and error.status_code == 405:
+        path = request.scope["path"].removeprefix(request.scope["root_path"])
+        here = [route.methods or set() for route in iter_route_contexts(app.routes) if route.path_regex.match(path)]
+        methods = set().union(*here)
+        error.headers = {"Allow": ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))}
+    return explain(error).response(request.state.request_id)
+
+
+app: FastAPI = (FastAPIOffline if settings.docs == "on" else FastAPI)(
     title="Onefile Tasks",
     version=VERSION,
-    description="A complete task-manager API in one Python file.",
     root_path=settings.root_path,
+    openapi_url="/openapi.json" if settings.docs == "on" else None,
     redirect_slashes=False,
     lifespan=lifespan,
+    exception_handlers={StarletteHTTPException: on_error, RequestValidationError: on_error},
     responses={"default": {"model": Error, "description": "Any error"}},
 )
 app.add_middleware(Gateway)
 app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)
 
-
-@app.exception_handler(ApiError)
-async def on_api_error(request: Request, error: ApiError) -> Response:
-    """Ours, as it was raised."""
-    return error_response(error, request.state.request_id)
-
-
-@app.exception_handler(StarletteHTTPException)
-async def on_http_error(request: Request, error: StarletteHTTPException) -> Response:
-    """The framework's: an unknown path, a wrong method, a body that cannot be parsed."""
-    if error.status_code == 405:
-        path = request.url.path.removeprefix(request.scope.get("root_path", ""))
-        matching = [context for context in iter_route_contexts(app.routes) if context.path_regex.fullmatch(path)]
-        methods = {method for context in matching for method in context.methods or ()}
-        allow = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
-        ours = ApiError(405, "method_not_allowed", f"This path answers {allow}.", {"Allow": allow})
-    elif error.status_code == 404:
-        ours = ApiError(404, "not_found", "No such path. The paths stand in /docs.")
-    else:
-        ours = ApiError(400, "invalid_body", "The body cannot be read.")
-    return error_response(ours, request.state.request_id)
-
-
-@app.exception_handler(RequestValidationError)
-async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
-    """422 with every refused field; broken JSON is a 400. What was sent is not repeated."""
-    errors = error.errors()
-    if any(item["type"] == "json_invalid" for item in errors):
-        ours = ApiError(400, "invalid_json", "The body is not valid JSON.")
-    else:
-        details = [
-            {
-                "field": ".".join(map(str, item["loc"][1:] or item["loc"])),
-                "message": item["msg"].removeprefix("Value error, "),
-            }
-            for item in errors
-        ]
-        message = "; ".join(f"{detail['field']}: {detail['message']}" for detail in details)
-        ours = ApiError(422, "validation_failed", message, details=details)
-    return error_response(ours, request.state.request_id)
-
-
-@app.exception_handler(OperationalError)
-@app.exception_handler(InterfaceError)
-@app.exception_handler(PoolTimeout)
-async def on_database_error(request: Request, error: Exception) -> Response:
-    """The database is locked, full or gone; nothing was written."""
-    log.error("%s database: %s", request.state.request_id, type(error.__cause__ or error).__name__, exc_info=error)
-    ours = ApiError(503, "database_unavailable", "The database does not answer. Try again.", {"Retry-After": "5"})
-    return error_response(ours, request.state.request_id)
-
-
 # ── 11 Routes ───────────────────────────────────────────────────────────────────────────────────
-# One router a resource. The docstring of a route is its description in /docs; errors that every route
-# can give (400, 401, 413, 415, 422, 429, 503) are described in the README once.
+# One router a resource. A docstring is the route's description in /docs. Errors that any route can give
+# (400, 401, 413, 415, 422, 429, 500, 503) stand once in the README; a docstring adds its own.
 
 auth = router(f"{API}/auth", "auth")
 
 
-async def start_session(db: AsyncConnection, request: Request, user_id: int) -> Tokens:
-    """A new session with its first pair of tokens."""
-    moment = now()
-    values = {"user_id": user_id, "created_at": moment} | session_use(request, moment, moment)
-    session_id = await db.scalar(sa.insert(sessions).values(values).returning(sessions.c.id))
-    return await issue_tokens(db, user_id, session_id, values["expires_at"])
+class TokenIssuer:
+    """What every route that checks a password or hands out tokens needs; its answer is kept by no cache."""
+
+    def __init__(self, request: Request, response: Response) -> None:
+        self.address, self.agent = client_address(request.scope), request.headers.get("user-agent", "")[:200]
+        response.headers["Cache-Control"] = "no-store"  # RFC 6749 §5.1
+
+    def use(self, created_at: datetime) -> dict[str, Any]:
+        """What using a session changes: it lives REFRESH_TOKEN_DAYS from its last use, 180 days in all."""
+        expires_at = min(now() + timedelta(days=settings.refresh_token_days), created_at + timedelta(days=SESSION_DAYS))
+        return {"address": self.address, "user_agent": self.agent, "last_used_at": now(), "expires_at": expires_at}
+
+    async def start(self, db: AsyncConnection, user_id: int) -> TokenPair:
+        """A new session with its first tokens."""
+        values = {"user_id": user_id, "created_at": now()} | self.use(now())
+        session_id: int = (await db.execute(sa.insert(sessions).values(values).returning(sessions.c.id))).scalar_one()
+        return await self.issue(db, user_id, session_id, values["expires_at"])
+
+    async def issue(self, db: AsyncConnection, user_id: int, session_id: int, expires_at: Any) -> TokenPair:
+        """An access token, and a refresh token of which only the hash is kept."""
+        token, seconds = new_token(), settings.access_token_minutes * 60
+        values = {"session_id": session_id, "token_hash": token_hash(token), "expires_at": expires_at}
+        await db.execute(sa.insert(refresh_tokens).values(values))
+        return TokenPair(access_token=encode_access_token(user_id, session_id), refresh_token=token, expires_in=seconds)
+
+    async def verify(self, name: str, password: str) -> Row | None:
+        """The user of that name, if the password is theirs; an unknown name costs the same time. Errors: 429.
+
+        Failures are not counted from an address that is logged in to the account, so that a stranger
+        who exhausts the count locks nobody out.
+        """
+        key = folded(name)[:100]
+        user = next(iter(await fetch(sa.select(users).where(users.c.username_key == key))), None)
+        here = sa.select(sessions.c.address).where(
+            sessions.c.user_id == (user and user.id), sessions.c.expires_at > now()
+        )
+        strange = address_key(self.address) not in {address_key(row.address) for row in await fetch(here)}
+        counted = strange and settings.rate_limits == "on"
+        matches = await in_worker(try_password, key, counted, password, user and user.password_hash)
+        return user if matches else None
+
+    async def log_in(self, name: str, password: str) -> TokenPair:
+        """Tokens for a name and a password. Errors: 401; 403; 429."""
+        user = await self.verify(name, password)
+        if user is None:
+            raise unauthorized("invalid_credentials", "Wrong username or password.")
+        if not user.is_active:
+            raise ApiError(403, "account_disabled", "This account is disabled.")
+        async with database.write() as db:
+            return await self.start(db, user.id)
 
 
-def session_use(request: Request, created_at: datetime, moment: datetime) -> dict[str, Any]:
-    """What using a session changes: it lives 30 days from its last use, 180 in all."""
-    idle = moment + timedelta(days=settings.refresh_token_days)
-    return {
-        "address": client_address(request.scope),
-        "user_agent": request.headers.get("user-agent", "")[:200],
-        "last_used_at": moment,
-        "expires_at": min(idle, created_at + timedelta(days=SESSION_DAYS_IN_ALL)),
-    }
-
-
-async def issue_tokens(db: AsyncConnection, user_id: int, session_id: int, expires_at: datetime) -> Tokens:
-    """An access token, and a refresh token of which only the hash is kept."""
-    token = new_token()
-    values = {"session_id": session_id, "token_hash": token_hash(token), "expires_at": expires_at}
-    await db.execute(sa.insert(refresh_tokens).values(values))
-    access_token = encode_access_token(user_id, session_id)
-    return Tokens(access_token=access_token, refresh_token=token, expires_in=settings.access_token_minutes * 60)
+Issuer = Annotated[TokenIssuer, Depends()]
 
 
 async def in_worker(function: Callable[..., T], *arguments: Any) -> T:
@@ -1666,175 +1415,111 @@ async def in_worker(function: Callable[..., T], *arguments: Any) -> T:
     return await asyncio.get_running_loop().run_in_executor(password_workers, function, *arguments)
 
 
-def try_password(account: str, counted: bool, password: str, password_hash: str) -> bool:
-    """Count a failure against the account, in the same breath as the check. Errors: 429."""
-    limit = settings.rate_limit_account
-    if counted and not limiter.limiter.test(limit, "account", account):
-        raise rate_limited(limiter.limiter.get_window_stats(limit, "account", account).reset_time)
-    matches = password_matches(password, password_hash)
+def try_password(account: str, counted: bool, password: str, password_hash: str | None) -> bool:
+    """Compare, and count a failure against the account. Nobody's password costs the same hash. Errors: 429."""
+    limit, window = settings.rate_limit_account, limiter.limiter
+    if counted and not window.test(limit, "account", account):
+        raise rate_limited(window.get_window_stats(limit, "account", account).reset_time)
+    matches = password_matches(password, password_hash) if password_hash else not hash_password(password)
     if counted and not matches:
-        limiter.limiter.hit(limit, "account", account)
+        window.hit(limit, "account", account)
     return matches
 
 
-async def check_password(request: Request, name: str, password: str) -> UserRow | None:
-    """The user of that name, if the password is theirs. An unknown name costs the same time. Errors: 429.
-
-    Failures are not counted from an address that is logged in to the account, so that a stranger who
-    exhausts the count cannot lock its owner out.
-    """
-    key = folded(name)[:100]
-    async with database.read() as db:
-        user = (await db.execute(sa.select(users).where(users.c.username_key == key))).one_or_none()
-        living = (sessions.c.user_id == (user.id if user else 0)) & (sessions.c.expires_at > now())
-        addresses = await db.scalars(sa.select(sessions.c.address).where(living).distinct())
-        known = client_key(request.scope) in {address_key(address) for address in addresses}
-    counted = settings.rate_limits == "on" and not known
-    stored = user.password_hash if user else dummy_hash(BCRYPT_COST)
-    matches = await in_worker(try_password, key, counted, password, stored)
-    return user if matches else None
-
-
-def no_store(response: Response) -> None:
-    """Keep tokens out of every cache. Ref: RFC 6749 §5.1."""
-    response.headers["Cache-Control"] = "no-store"
-
-
-async def log_in(request: Request, response: Response, name: str, password: str) -> Tokens:
-    """The one login behind the JSON and the form route."""
-    user = await check_password(request, name, password)
-    if user is None:
-        raise invalid_credentials()
-    if not user.is_active:
-        raise ApiError(403, "account_disabled", "This account is disabled.")
-    no_store(response)
-    async with database.write() as db:
-        return await start_session(db, request, user.id)
-
-
-@auth.post("/register", status_code=201)
-@limited("register")
-async def register(request: Request, response: Response, body: Registration) -> Registered:
+@auth.post("/register", status_code=201, openapi_extra={"x-rate-limit": "register"})
+async def register(body: Registration, issuer: Issuer) -> Registered:
     """Create an account and log in.
 
     Errors: 403 registration_closed; 409 username_taken
-    Limit: register, per address
+    Limit: register per address; write
     """
     if settings.registration == "closed":
         raise ApiError(403, "registration_closed", "Registration is closed here. Ask the admin for an account.")
-    columns = new_user(body.username, await in_worker(hash_password, body.password), email=body.email)
+    columns = await in_worker(new_user, body.username, body.password, "user", body.email)
     try:
         async with database.write() as db:
             user = (await db.execute(sa.insert(users).values(columns).returning(users))).one()
-            tokens = await start_session(db, request, user.id)
-    except IntegrityError:
+            tokens = await issuer.start(db, user.id)
+    except sa.exc.IntegrityError:
         raise ApiError(409, "username_taken", "This username is taken.") from None
-    no_store(response)
-    return Registered(**tokens.model_dump(), user=user_public(user))
+    return Registered(**tokens.model_dump(), user=UserPublic(**user._mapping))
 
 
-@auth.post("/login")
-@limited("login")
-async def login(request: Request, response: Response, body: Credentials) -> Tokens:
+@auth.post("/login", openapi_extra={"x-rate-limit": "login"})
+async def log_in(body: Credentials, issuer: Issuer) -> TokenPair:
     """Exchange a username and a password for tokens.
 
     Errors: 401 invalid_credentials; 403 account_disabled
-    Limit: login, per address; account, failures only
+    Limit: login per address; account, failures only; write
     """
-    return await log_in(request, response, body.username, body.password)
+    return await issuer.log_in(body.username, body.password)
 
 
-@auth.post("/token")
-@limited("login")
-async def login_by_form(
-    request: Request, response: Response, form: Annotated[OAuth2PasswordRequestForm, Depends()]
-) -> Tokens:
+@auth.post("/token", openapi_extra={"x-rate-limit": "login"})
+async def log_in_by_form(form: Annotated[OAuth2PasswordRequestForm, Depends()], issuer: Issuer) -> TokenPair:
     """The same as an OAuth 2 password form, for the Authorize button of /docs.
 
     Errors: 401 invalid_credentials; 403 account_disabled
-    Limit: login, per address; account, failures only
+    Limit: login per address; account, failures only; write
     Ref: RFC 6749 §4.3
     """
-    return await log_in(request, response, form.username, form.password)
+    return await issuer.log_in(form.username, form.password)
 
 
-@auth.post("/refresh")
-@limited("refresh")
-async def refresh(request: Request, response: Response, body: RefreshRequest) -> Tokens:
-    """Exchange a refresh token for the next pair; it works once.
+@auth.post("/refresh", openapi_extra={"x-rate-limit": "refresh"})
+async def refresh(body: RefreshRequest, issuer: Issuer) -> TokenPair:
+    """Exchange a refresh token for the next pair. It works once.
 
     A used one is a sign of theft: its session ends with every token of it, unless it comes within a
-    second of its use while the successor is unused, which is a second tab and no thief.
+    second of its use while the successor is still unused, which is a second tab and no thief.
 
     Errors: 401 invalid_refresh_token
-    Limit: refresh, per address
+    Limit: refresh per address; write
     Ref: RFC 9700 §4.14.2
     """
-    moment, hashed = now(), token_hash(body.refresh_token)
-    this = refresh_tokens.c.token_hash == hashed
-    fresh = this & refresh_tokens.c.used_at.is_(None) & (refresh_tokens.c.expires_at > moment)
-    use = sa.update(refresh_tokens).where(fresh).values(used_at=moment).returning(refresh_tokens.c.session_id)
-    no_store(response)
+    column, this, used = refresh_tokens.c, refresh_tokens.c.token_hash == token_hash(body.refresh_token), now()
+    rotated = sa.update(refresh_tokens).where(this, column.used_at.is_(None), column.expires_at > used)
+    later = refresh_tokens.alias()
+    successor = (later.c.session_id == column.session_id) & (later.c.id > column.id) & later.c.used_at.is_not(None)
+    stolen = this & (
+        (column.used_at < used - timedelta(seconds=1)) | (column.used_at.is_not(None) & sa.exists().where(successor))
+    )
     async with database.write() as db:
-        session_id = await db.scalar(use)
-        if session_id is not None:
-            found = await db.execute(principals.where(sessions.c.id == session_id, users.c.is_active))
-            if user := found.one_or_none():
-                usage = session_use(request, user.session_created_at, moment)
-                await db.execute(sa.update(sessions).where(sessions.c.id == session_id).values(usage))
-                return await issue_tokens(db, user.id, session_id, usage["expires_at"])
-        else:
-            await revoke_replayed(db, hashed, moment)
-    raise ApiError(401, "invalid_refresh_token", "This refresh token is not valid.", {"WWW-Authenticate": "Bearer"})
-
-
-async def revoke_replayed(db: AsyncConnection, hashed: str, moment: datetime) -> None:
-    """End the session of a used refresh token, unless this looks like a racing tab."""
-    token = (await db.execute(sa.select(refresh_tokens).where(refresh_tokens.c.token_hash == hashed))).one_or_none()
-    if token is None or token.used_at is None:
-        return
-    later = (refresh_tokens.c.session_id == token.session_id) & (refresh_tokens.c.id > token.id)
-    successor_used = await db.scalar(sa.select(sa.exists().where(later, refresh_tokens.c.used_at.is_not(None))))
-    if successor_used or moment - token.used_at > timedelta(seconds=1):
-        await db.execute(sa.delete(sessions).where(sessions.c.id == token.session_id))
+        session_id = await db.scalar(rotated.values(used_at=used).returning(column.session_id))
+        session = (await db.execute(principals.where(sessions.c.id == session_id, alive()))).one_or_none()
+        if session is not None:
+            values = issuer.use(session.session_created_at)
+            await db.execute(sa.update(sessions).where(sessions.c.id == session_id).values(values))
+            return await issuer.issue(db, session.id, session.session_id, values["expires_at"])
+        await db.execute(sa.delete(sessions).where(sessions.c.id.in_(sa.select(column.session_id).where(stolen))))
+    raise unauthorized("invalid_refresh_token", "This refresh token is not valid.")
 
 
 @auth.post("/logout", status_code=204)
-async def logout(request: Request, body: RefreshRequest | None = None) -> None:
+async def log_out(request: Request, body: RefreshRequest | None = None) -> None:
     """End this session: by the access token, or by its refresh token when that has expired.
 
     Errors: 401 neither is valid
     """
+    given = refresh_tokens.c.token_hash == token_hash(body.refresh_token if body else "")
+    by_token = sessions.c.id.in_(sa.select(refresh_tokens.c.session_id).where(given))
     user = request.state.user
-    if user is not None:
-        this = sessions.c.id == user.session_id
-    elif body is not None:
-        of_token = sa.select(refresh_tokens.c.session_id).where(
-            refresh_tokens.c.token_hash == token_hash(body.refresh_token)
-        )
-        this = sessions.c.id.in_(of_token)
-    else:
-        raise not_authenticated()
-    async with database.write() as db:
-        if (await db.execute(sa.delete(sessions).where(this))).rowcount == 0:
-            raise not_authenticated()
+    if not await execute(sa.delete(sessions).where(sessions.c.id == user.session_id if user else by_token)):
+        raise unauthorized()
 
 
 @auth.post("/logout_all", status_code=204)
-async def logout_all(user: CurrentUser) -> None:
+async def log_out_everywhere(user: CurrentUser) -> None:
     """End every session of the caller."""
-    async with database.write() as db:
-        await db.execute(sa.delete(sessions).where(sessions.c.user_id == user.id))
+    await execute(sa.delete(sessions).where(sessions.c.user_id == user.id))
 
 
 @auth.get("/sessions")
-async def list_sessions(user: CurrentUser) -> Collection[SessionPublic]:
+async def list_sessions(user: CurrentUser) -> Collection[SessionListed]:
     """The caller's logins, last used first."""
-    mine = (sessions.c.user_id == user.id) & (sessions.c.expires_at > now())
-    async with database.read() as db:
-        rows = await db.execute(sa.select(sessions).where(mine).order_by(sessions.c.last_used_at.desc(), sessions.c.id))
-    found = [SessionPublic(**row._asdict(), current=row.id == user.session_id) for row in rows]
-    return Collection(data=found)
+    mine = sa.select(sessions).where(sessions.c.user_id == user.id, sessions.c.expires_at > now())
+    rows = await fetch(mine.order_by(sessions.c.last_used_at.desc(), sessions.c.id.desc()))
+    return Collection(data=[SessionListed(**row._mapping, current=row.id == user.session_id) for row in rows])
 
 
 @auth.delete("/sessions/{session_id}", status_code=204)
@@ -1843,60 +1528,46 @@ async def end_session(session_id: Id, user: CurrentUser) -> None:
 
     Errors: 404 absent or not yours
     """
-    async with database.write() as db:
-        mine = (sessions.c.id == session_id) & (sessions.c.user_id == user.id)
-        if (await db.execute(sa.delete(sessions).where(mine))).rowcount == 0:
-            raise not_found("session", session_id)
+    if not await execute(sa.delete(sessions).where(sessions.c.id == session_id, sessions.c.user_id == user.id)):
+        raise not_found("session", session_id)
 
 
-me = router(f"{API}/users", "users")
-MINUTES_TO_DELETE = 10
+account = router(f"{API}/users/me", "users")
 
 
-def user_public(row: UserRow) -> UserPublic:
-    """The part of a user's row that may leave."""
-    return UserPublic.model_validate(row, from_attributes=True)
-
-
-@me.get("/me")
-async def read_me(user: CurrentUser) -> UserPublic:
+@account.get("")
+async def read_account(user: CurrentUser) -> UserPublic:
     """The caller's account."""
-    return user_public(user)
+    return UserPublic(**user._mapping)
 
 
-@me.patch("/me")
-async def update_me(request: Request, body: UserUpdate, user: CurrentUser) -> UserPublic:
-    """Change e-mail or password; a new password ends the other sessions.
+@account.patch("")
+async def update_account(body: UserUpdate, user: CurrentUser, issuer: Issuer) -> UserPublic:
+    """Change e-mail or password; a new password needs `current_password` and ends the other sessions.
 
     Errors: 403 wrong_password
-    Limit: account, failures only
+    Limit: account, failures only; write
     """
-    values = body.model_dump(include={"email"})
-    if body.password is not MISSING and body.current_password is not MISSING:
-        if await check_password(request, user.username, body.current_password) is None:
-            raise ApiError(403, "wrong_password", "current_password is wrong.")
+    values, others = body.model_dump(include={"email"}), sa.false()
+    if body.password is not MISSING:
+        if body.current_password is MISSING or await issuer.verify(user.username, body.current_password) is None:
+            raise ApiError(403, "wrong_password", "A new password needs the right current_password.")
         values["password_hash"] = await in_worker(hash_password, body.password)
+        others = (sessions.c.user_id == user.id) & (sessions.c.id != user.session_id)
     async with database.write() as db:
-        if "password_hash" in values:
-            others = (sessions.c.user_id == user.id) & (sessions.c.id != user.session_id)
-            await db.execute(sa.delete(sessions).where(others))
-        changed = sa.update(users).where(users.c.id == user.id).values(values or {"email": user.email}).returning(users)
-        row = (await db.execute(changed)).one_or_none()
-    if row is None:
-        raise not_authenticated()
-    return user_public(row)
+        await db.execute(sa.delete(sessions).where(others))
+        changed = sa.update(users).where(users.c.id == user.id).values(id=user.id, **values).returning(users)
+        return UserPublic(**(await db.execute(changed)).one()._mapping)
 
 
-@me.delete("/me", status_code=204)
-async def delete_me(user: CurrentUser) -> None:
+@account.delete("", status_code=204)
+async def delete_account(user: CurrentUser) -> None:
     """Delete the account with everything in it.
 
     Errors: 403 login_again when the session is older than 10 minutes; 409 last_admin
     """
-    if now() - user.session_created_at > timedelta(minutes=MINUTES_TO_DELETE):
-        raise ApiError(
-            403, "login_again", f"Log in again: this needs a session younger than {MINUTES_TO_DELETE} minutes."
-        )
+    if now() - user.session_created_at > timedelta(minutes=10):
+        raise ApiError(403, "login_again", "Log in again: this needs a session younger than 10 minutes.")
     async with database.write() as db:
         await keep_an_admin(db, user.id)
         await db.execute(sa.delete(users).where(users.c.id == user.id))
@@ -1904,144 +1575,100 @@ async def delete_me(user: CurrentUser) -> None:
 
 async def keep_an_admin(db: AsyncConnection, leaving_id: int) -> None:
     """Errors: 409 if nobody but this user is an active admin."""
-    active = (users.c.role == "admin") & users.c.is_active
-    admins = (await db.scalars(sa.select(users.c.id).where(active))).all()
+    admins = (await db.scalars(sa.select(users.c.id).where(users.c.role == "admin", users.c.is_active))).all()
     if list(admins) == [leaving_id]:
         raise ApiError(409, "last_admin", "The last active admin stays.")
 
 
 todo = router(f"{API}/tasks", "tasks")
-Rows = TypeVar("Rows", bound=BaseModel)
-ORDER = {"priority": ["low", "medium", "high"], "status": ["todo", "in_progress", "done"]}
+ORDER = {"status": ("todo", "in_progress", "done"), "priority": ("low", "medium", "high")}
 
 
-def task_filters(query: TaskQuery) -> list[sa.ColumnElement[bool]]:
-    """The WHERE of a TaskQuery, owner apart."""
+def filtered(query: TaskQuery) -> sa.Select[Any]:
+    """The WHERE and ORDER BY of a TaskQuery. Ties break by id, so that pages never overlap."""
     column, moment = tasks.c, now()
-    late = (column.due_date < moment) & (column.status != "done")
-    wanted = [
-        (query.deleted, column.deleted_at.is_not(None)),
-        (not query.deleted, column.deleted_at.is_(None)),
-        (query.status, column.status.in_(query.status)),
-        (query.priority, column.priority.in_(query.priority)),
-        (query.completed is True, column.status == "done"),
-        (query.completed is False, column.status != "done"),
-        (query.search, column.search_text.contains(folded(query.search or ""), autoescape=True)),
-        (query.due_before, column.due_date <= (query.due_before or moment)),
-        (query.due_after, column.due_date >= (query.due_after or moment)),
-        (query.overdue is True, late),
-        (query.overdue is False, sa.not_(sa.func.coalesce(late, False))),
-    ]
-    return [condition for is_wanted, condition in wanted if is_wanted]
-
-
-def task_order(query: TaskQuery) -> list[Any]:
-    """The ORDER BY of a TaskQuery; ties break by id, so that pages never overlap."""
-    column: Any = tasks.c.search_text if query.sort == "title" else tasks.c[query.sort]
+    place = column.deleted_at.is_not(None) if query.deleted else column.deleted_at.is_(None)
+    terms = {
+        "status": column.status.in_(query.status),
+        "priority": column.priority.in_(query.priority),
+        "completed": column.completed == query.completed,
+        "search": column.search_text.contains(folded(query.search or ""), autoescape=True),
+        "due_before": column.due_date <= (query.due_before or moment),
+        "due_after": column.due_date >= (query.due_after or moment),
+        "overdue": sa.func.coalesce(~column.completed & (column.due_date < moment), sa.false()) == query.overdue,
+    }
+    wanted = [term for name, term in terms.items() if getattr(query, name) not in (None, [])]
+    key: Any = column.search_text if query.sort == "title" else column[query.sort]
     if query.sort in ORDER:
-        column = sa.case({name: place for place, name in enumerate(ORDER[query.sort])}, value=column)
-    order = [column, tasks.c.id]
-    order = [term.desc() for term in order] if query.order == "desc" else order
-    return [tasks.c.due_date.is_(None), *order] if query.sort == "due_date" else order
-
-
-async def page_of(
-    request: Request, response: Response, query: PageQuery, model: type[Rows], statement: sa.Select[Any]
-) -> Page[Rows]:
-    """One page of a statement, its total, and the Link header. Ref: RFC 8288."""
-    total_of = sa.select(sa.func.count()).select_from(statement.order_by(None).subquery())
-    async with database.read() as db:
-        total = (await db.execute(total_of)).scalar_one()
-        rows = await db.execute(statement.limit(query.page_size).offset((query.page - 1) * query.page_size))
-        data = [model.model_validate(row, from_attributes=True) for row in rows]
-    pages = max(1, ceil(total / query.page_size))
-    places = {"first": 1, "prev": min(query.page - 1, pages), "next": query.page + 1, "last": pages}
-    kept = [(name, value) for name, value in request.query_params.multi_items() if name != "page"]
-    path = request.scope.get("root_path", "") + request.url.path.removeprefix(request.scope.get("root_path", ""))
-    links = [
-        f'<{path}?{urlencode([*kept, ("page", page)])}>; rel="{rel}"'
-        for rel, page in places.items()
-        if 1 <= page <= pages
-    ]
-    response.headers["Link"] = ", ".join(links)
-    return Page(data=data, meta=PageMeta(page=query.page, page_size=query.page_size, total=total, pages=pages))
+        key = sa.case({name: place for place, name in enumerate(ORDER[query.sort])}, value=key)
+    order = [term.asc() if query.order == "asc" else term.desc() for term in (key, column.id)]
+    undated_last = [column.due_date.is_(None)] if query.sort == "due_date" else []
+    return sa.select(*public_task).where(place, *wanted).order_by(*undated_last, *order)
 
 
 @todo.get("")
-async def list_tasks(
-    request: Request,
-    response: Response,
-    user: CurrentUser,
-    query: Annotated[TaskQuery, Query()],
-    if_none_match: IfNoneMatch = None,
-) -> Page[TaskPublic]:
+async def list_tasks(user: CurrentUser, query: Annotated[TaskQuery, Query()], reply: Answering) -> Page[TaskPublic]:
     """The caller's tasks: filters are ANDed, the newest come first unless `sort` and `order` say otherwise.
 
-    The weak ETag answers 304 to `If-None-Match` without running the query; an answer that depends on
-    the clock (`overdue`) carries none.
+    The weak ETag is made of the caller's seq and the URL: `If-None-Match` gets its 304 without the
+    query. An answer that depends on the clock (`overdue`) carries none.
 
     Errors: 304 unchanged
     Limit: read
     Ref: RFC 8288; RFC 9110 §13.1.2
     """
     if query.overdue is None:
-        conditional(response, collection_etag(request, user), if_none_match)
-    mine = sa.select(*TASK_COLUMNS).where(tasks.c.owner_id == user.id, *task_filters(query))
-    return await page_of(request, response, query, TaskPublic, mine.order_by(*task_order(query)))
-
-
-def tagged(response: Response, task: TaskPublic) -> TaskPublic:
-    """The task, with its version as the ETag."""
-    response.headers["ETag"] = f'"{task.version}"'
-    return task
+        digest = hashlib.sha256(f"{VERSION} {user.id} {reply.request.url}".encode()).hexdigest()
+        reply.tag(f'W/"{user.seq}-{digest[:16]}"')
+    return await reply.page(query, TaskPublic, filtered(query).where(tasks.c.owner_id == user.id))
 
 
 @todo.post("", status_code=201)
-async def create_task(request: Request, response: Response, user: CurrentUser, body: TaskCreate) -> TaskPublic:
+async def create_task(user: CurrentUser, body: TaskCreate, reply: Answering) -> TaskPublic:
     """Create a task. `Location` is its path, `ETag` its version.
 
     Limit: write
     """
     async with changing(user.id) as transaction:
-        task = await transaction.save("created", None, body.values())
-    response.headers["Location"] = f"{request.scope.get('root_path', '')}{API}/tasks/{task.id}"
-    return tagged(response, task)
+        task = await transaction.save(None, body.values())
+    path = f"{reply.request.scope['root_path']}{API}/tasks/{task.id}"
+    reply.headers.update({"Location": path, "ETag": f'"{task.version}"'})
+    return task
 
 
-Cursor = Annotated[str, Query(pattern=r"^[0-9]{1,19}(~[0-9]{1,19})?$")]
+Since = Annotated[str, Query(pattern=r"^[0-9]{1,18}(~[0-9]{1,18})?$")]
+Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
 @todo.get("/changes")
-async def list_changes(
-    user: CurrentUser, since: Cursor = "0", limit: Annotated[int, Query(ge=1, le=1000)] = BATCH
-) -> ChangesPublic:
+async def list_changes(user: CurrentUser, since: Since = "0", limit: Limit = BATCH) -> Changes:
     """Delta sync: what changed after `since`, trashed tasks included, oldest change first.
 
-    Repeat with `next_since` while `has_more`, then whenever you like; `since=0` is a full snapshot.
+    Repeat with `next_since` while `has_more`, and then whenever you like. `since=0` is a full snapshot.
 
-    Errors: 410 resync_required, start again with `since=0`
+    Errors: 410 resync_required
     Limit: read
     """
-    # A snapshot of several pages passes seqs below purged_seq on its way up. Its cursors name the purge
-    # that the snapshot began after ("500~800"), and stay good until the next one.
-    position, known_purge = (int(part) for part in f"{since}~0".split("~")[:2])
-    if max(position, known_purge) > MAX_ID:
-        raise invalid("since", "must be a seq")
-    found = await changes_after(user.id, position, limit + 1)
-    if found.stale(position, known_purge):
+    # A snapshot of several pages passes seqs below purged_seq on its way up, and is not stale: its
+    # cursors name the purge that it began after ("500~800"), and are good until the next one.
+    position, _, known_purge = since.partition("~")
+    marks = await changes_after(user.id, int(position), limit + 1)
+    if marks.stale(int(position), int(known_purge or 0)):
         raise resync_required()
-    data, has_more = found.tasks[:limit], len(found.tasks) > limit
-    last = data[-1].version if has_more else found.seq
-    in_snapshot = last < found.purged_seq
-    return ChangesPublic(data=data, next_since=f"{last}~{found.purged_seq}" if in_snapshot else last, has_more=has_more)
+    data, has_more = marks.tasks[:limit], len(marks.tasks) > limit
+    last = data[-1].version if has_more else marks.seq
+    next_since = f"{last}~{marks.purged_seq}" if last < marks.purged_seq else last
+    return Changes(data=data, next_since=next_since, has_more=has_more)
+
+
+Cursor = Annotated[Seq | None, Query()]
+LastEventId = Annotated[Seq | None, Header()]
 
 
 async def event_stream(
-    user: CurrentUser,
-    since: Annotated[Number | None, Query()] = None,
-    last_event_id: Annotated[Number | None, Header()] = None,
+    user: CurrentUser, since: Cursor = None, last_event_id: LastEventId = None
 ) -> AsyncIterator[Stream]:
-    """An open stream. Errors: 410, before the answer has begun."""
+    """An open stream. Errors: 410, before the answer begins."""
     async with open_stream(user, since if last_event_id is None else last_event_id) as stream:
         if stream.stale:
             raise resync_required()
@@ -2058,10 +1685,10 @@ async def stream_events(stream: Annotated[Stream, Depends(event_stream)]) -> Asy
     Limit: read
     Ref: HTML Living Standard §9.2
     """
-    # An id without data dispatches nothing, but a browser resumes from it even before the first event.
+    # An id without data dispatches nothing, but from now on a browser knows where to resume.
     yield ServerSentEvent(comment="connected", id=str(stream.cursor))
-    async for frame in follow(stream):
-        yield ServerSentEvent(event=frame.kind, raw_data=frame.text, id=None if frame.seq is None else str(frame.seq))
+    async for change in stream.changes():
+        yield ServerSentEvent(event=change.kind, raw_data=change.text, id=str(change.seq))
 
 
 @todo.get("/statistics")
@@ -2070,32 +1697,25 @@ async def read_statistics(user: CurrentUser) -> Statistics:
 
     Limit: read
     """
-    moment = now()
-    mine = (tasks.c.owner_id == user.id) & tasks.c.deleted_at.is_(None)
-    unfinished_due = [tasks.c.status != "done", tasks.c.due_date.is_not(None)]
-    days = [(moment - timedelta(days=back)).date() for back in reversed(range(30))]
-    first_day = datetime.combine(days[0], datetime.min.time(), UTC)
+    moment, column = now(), tasks.c
+    terms = {name: column[kind] == name for kind, names in ORDER.items() for name in names}
+    terms["overdue"] = ~column.completed & (column.due_date < moment)
+    terms["due_in_7_days"] = ~column.completed & column.due_date.between(moment, moment + timedelta(days=7))
+    counted = [sa.func.count().label("total")] + [
+        sa.func.count().filter(term).label(name) for name, term in terms.items()
+    ]
+    mine = (column.owner_id == user.id) & column.deleted_at.is_(None)
+    days = [moment.date() - timedelta(days=back) for back in reversed(range(30))]
+    recent = mine & (column.completed_at >= datetime.combine(days[0], datetime.min.time(), UTC))
     async with database.read() as db:
-        groups = sa.select(tasks.c.status, tasks.c.priority, sa.func.count()).where(mine)
-        counts = (await db.execute(groups.group_by(tasks.c.status, tasks.c.priority))).all()
-        due = (
-            await db.scalars(
-                sa.select(tasks.c.due_date).where(mine, *unfinished_due, tasks.c.due_date <= moment + timedelta(days=7))
-            )
-        ).all()
-        finished = await db.scalars(sa.select(tasks.c.completed_at).where(mine, tasks.c.completed_at >= first_day))
-        per_day = Counter(completed_at.date() for completed_at in finished)
-    total = sum(count for _, _, count in counts)
-    by_status = {name: sum(count for status, _, count in counts if status == name) for name in ORDER["status"]}
-    by_priority = {name: sum(count for _, priority, count in counts if priority == name) for name in ORDER["priority"]}
+        count = (await db.execute(sa.select(*counted).where(mine))).one()._mapping
+        per_day = Counter(at.date() for at in await db.scalars(sa.select(column.completed_at).where(recent)))
     return Statistics(
-        total=total,
-        by_status=by_status,
-        by_priority=by_priority,
-        overdue=sum(due_date < moment for due_date in due),
-        due_in_7_days=sum(due_date >= moment for due_date in due),
-        completion_rate=round(by_status["done"] / total, 4) if total else 0.0,
-        completed_per_day=[DayCount(date=day.isoformat(), count=per_day[day]) for day in days],
+        **{name: count[name] for name in ("total", "overdue", "due_in_7_days")},
+        by_status={name: count[name] for name in ORDER["status"]},
+        by_priority={name: count[name] for name in ORDER["priority"]},
+        completion_rate=round(count["done"] / max(1, count["total"]), 4),
+        completed_per_day=[{"date": day.isoformat(), "count": per_day[day]} for day in days],
     )
 
 
@@ -2110,157 +1730,149 @@ async def empty_trash(user: CurrentUser) -> None:
 
 
 @todo.get("/{task_id}")
-async def read_task(task: OwnedTask, response: Response, if_none_match: IfNoneMatch = None) -> TaskPublic:
+async def read_task(task: OwnedTask, reply: Answering) -> TaskPublic:
     """One task.
 
     Errors: 304 unchanged; 404 absent or not yours
     Limit: read
     """
-    conditional(response, f'"{task.version}"', if_none_match)
+    reply.tag(f'"{task.version}"')
     return task
 
 
+IfMatch = Annotated[str | None, Header()]
+
+
+class TaskEdit:
+    """A change of the caller's task, under If-Match."""
+
+    def __init__(self, task_id: Id, user: CurrentUser, reply: Answering, if_match: IfMatch = None) -> None:
+        self.task_id, self.user, self.reply, self.if_match = task_id, user, reply, if_match
+
+    async def save(self, values: dict[str, Any], trashed: bool = False) -> TaskPublic:
+        """Find, check, write. Errors: 404 absent, not yours or on the other side of the trash; 412 stale version."""
+        async with changing(self.user.id) as transaction:
+            task = await transaction.save(await transaction.find(self.task_id, self.if_match, trashed), values)
+        self.reply.headers["ETag"] = f'"{task.version}"'
+        return task
+
+
+Edit = Annotated[TaskEdit, Depends()]
+
+
 @todo.put("/{task_id}")
-async def replace_task(
-    task_id: Id, response: Response, user: CurrentUser, body: TaskCreate, if_match: IfMatch = None
-) -> TaskPublic:
-    """Replace a task: what is left out goes back to its default.
+async def replace_task(edit: Edit, body: TaskCreate) -> TaskPublic:
+    """Replace a task: what is absent goes back to its default.
 
     Errors: 404 absent or not yours; 412 stale version
     Limit: write
     Ref: RFC 9110 §13.1.1
     """
-    async with changing(user.id) as transaction:
-        before = await transaction.task(task_id, if_match)
-        task = await transaction.save("updated", before, body.values())
-    return tagged(response, task)
+    return await edit.save(body.values())
 
 
 @todo.patch("/{task_id}")
-async def update_task(
-    task_id: Id, response: Response, user: CurrentUser, body: TaskUpdate, if_match: IfMatch = None
-) -> TaskPublic:
-    """Merge into a task: absent keeps, null clears.
+async def update_task(edit: Edit, body: TaskUpdate) -> TaskPublic:
+    """Merge into a task: what is absent stays, null clears.
 
     Errors: 404 absent or not yours; 412 stale version
     Limit: write
     Ref: RFC 7396; RFC 9110 §13.1.1
     """
-    async with changing(user.id) as transaction:
-        before = await transaction.task(task_id, if_match)
-        task = await transaction.save("updated", before, body.values())
-    return tagged(response, task)
+    return await edit.save(body.values())
 
 
 @todo.delete("/{task_id}", status_code=204)
-async def trash_task(task_id: Id, user: CurrentUser, if_match: IfMatch = None) -> None:
+async def trash_task(edit: Edit) -> None:
     """Move a task to the trash.
 
     Errors: 404 absent or not yours; 412 stale version
     Limit: write
     """
-    async with changing(user.id) as transaction:
-        before = await transaction.task(task_id, if_match)
-        await transaction.save("deleted", before, {"deleted_at": now()})
+    await edit.save({"deleted_at": now()})
 
 
 @todo.post("/{task_id}/restore")
-async def restore_task(task_id: Id, response: Response, user: CurrentUser, if_match: IfMatch = None) -> TaskPublic:
+async def restore_task(edit: Edit) -> TaskPublic:
     """Take a task out of the trash.
 
     Errors: 404 absent, not yours or not in the trash; 412 stale version
     Limit: write
     """
-    async with changing(user.id) as transaction:
-        before = await transaction.task(task_id, if_match, trashed=True)
-        task = await transaction.save("updated", before, {"deleted_at": None})
-    return tagged(response, task)
+    return await edit.save({"deleted_at": None}, trashed=True)
 
 
 live = APIRouter()
 MAX_FRAME_BYTES = 64 * 1024
 HELLO_SECONDS = 5.0
+ClientId = Annotated[str, params.Path(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 
 class Hello(Body):
     """The first frame of a socket that sent no Authorization header."""
 
     token: Text
-    since: Number | None = None
+    since: Seq | None = None
 
 
-class BadFrame(Exception):
-    """A frame that ends the connection, with its WebSocket close code."""
+class CloseSocket(Exception):
+    """Ends a socket: close code and reason. Ref: RFC 6455 §7.4."""
 
 
-async def read_text(socket: WebSocket) -> str:
-    """The next text frame. Errors: BadFrame; WebSocketDisconnect. Ref: RFC 6455 §7.4.1."""
-    message = await socket.receive()
-    if message["type"] == "websocket.disconnect":
-        raise WebSocketDisconnect(message.get("code", 1005))
-    text = message.get("text")
-    if text is None:
-        raise BadFrame(1003, "only text frames are understood")
-    if len(text.encode()) > MAX_FRAME_BYTES:
-        raise BadFrame(1009, "a frame may have 64 KiB")
-    return str(text)
+async def read_frame(socket: WebSocket) -> Any:
+    """The next frame, decoded. Errors: CloseSocket 1003, 1007; WebSocketDisconnect."""
+    try:
+        return await socket.receive_json()
+    except KeyError:
+        raise CloseSocket(1003, "a frame is text") from None
+    except (ValueError, RecursionError):
+        raise CloseSocket(1007, "a frame is JSON") from None
 
 
-async def authenticate_socket(socket: WebSocket, since: int | None) -> tuple[UserRow, int | None]:
-    """The user, and where to resume: by header, or by a first frame within 5 s. Errors: BadFrame."""
+async def meet(socket: WebSocket, since: int | None) -> tuple[Row, int | None]:
+    """Who is there and where to resume: by header, or by a first frame within 5 s. Errors: CloseSocket."""
     header = socket.headers.get("authorization")
-    if header is None:
-        try:
-            async with asyncio.timeout(HELLO_SECONDS):
-                hello = Hello.model_validate_json(await read_text(socket))
-        except TimeoutError:
-            raise BadFrame(4401, "no token came within 5 seconds") from None
-        except ValidationError as error:
-            broken = any(item["type"] == "json_invalid" for item in error.errors())
-            raise BadFrame(1007 if broken else 1003, 'the first frame is {"token": "…", "since": 17}') from None
-        header, since = f"Bearer {hello.token}", hello.since
-    user = await authenticate(header)
+    try:
+        async with asyncio.timeout(HELLO_SECONDS):
+            hello = None if header else Hello.model_validate(await read_frame(socket))
+    except (TimeoutError, ValidationError) as error:
+        code = 4401 if isinstance(error, TimeoutError) else 1003
+        raise CloseSocket(code, 'the first frame is {"token": "…", "since": 17}, within 5 seconds') from None
+    user = socket.state.user = await authenticate(f"Bearer {hello.token}" if hello else header)
     if user is None:
-        raise BadFrame(4401, "the token is not valid")
-    return user, since
+        raise CloseSocket(4401, "the token is not valid")
+    return user, hello.since if hello else since
 
 
 async def watch_peer(socket: WebSocket, stream: Stream) -> None:
-    """After its first frame a peer has nothing to say: text that is JSON is ignored, all else ends the stream."""
+    """After the first frame a client has nothing to say: JSON is ignored, anything else ends the stream."""
     try:
         while True:
-            json.loads(await read_text(socket))
-    except BadFrame as bad:
-        stream.close(*bad.args)
-    except (ValueError, RecursionError):
-        stream.close(1007, "a frame was not JSON")
+            await read_frame(socket)
+    except CloseSocket as end:
+        stream.close(*end.args)
     except WebSocketDisconnect:
         stream.close(1000, "")
 
 
 @live.websocket("/ws/tasks/{client_id}")
-async def watch_tasks(
-    socket: WebSocket,
-    client_id: Annotated[str, InPath(pattern=r"^[A-Za-z0-9._-]{1,64}$")],
-    since: Annotated[Number | None, Query()] = None,
-) -> None:
-    """Live updates over a WebSocket; the protocol stands in the README. Ref: RFC 6455."""
+async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = None) -> None:
+    """Live updates over a WebSocket; the README has the protocol. Ref: RFC 6455."""
     await socket.accept()
     try:
-        user, since = await authenticate_socket(socket, since)
-        socket.state.user = user
+        user, since = await meet(socket, since)
         async with open_stream(user, since, client_id) as stream:
-            await socket.send_text(f'{{"type":"hello","seq":{stream.cursor}}}')
             peer = asyncio.create_task(watch_peer(socket, stream))
             try:
-                async for frame in follow(stream):
-                    await socket.send_text(frame.text)
+                await socket.send_text(f'{{"type":"hello","seq":{stream.cursor}}}')
+                async for change in stream.changes():
+                    await socket.send_text(change.text)
             except SlowClient:
-                stream.close(1013, "the peer did not read")
+                stream.close(1013, "the client did not read")
             finally:
                 peer.cancel()
-            raise BadFrame(*(stream.closing or (1000, "")))
-    except BadFrame as end:
+            raise CloseSocket(*stream.closing)
+    except CloseSocket as end:
         await socket.close(*end.args)
 
 
@@ -2268,15 +1880,13 @@ admin = router(f"{API}/admin", "admin")
 
 
 @admin.get("/users")
-async def list_users(
-    request: Request, response: Response, _admin: AdminUser, query: Annotated[PageQuery, Query()]
-) -> Page[UserPublic]:
+async def list_users(_admin: AdminUser, query: Annotated[PageQuery, Query()], reply: Answering) -> Page[UserPublic]:
     """Every account, oldest first.
 
     Errors: 403 admin_required
     Limit: read
     """
-    return await page_of(request, response, query, UserPublic, sa.select(users).order_by(users.c.id))
+    return await reply.page(query, UserPublic, sa.select(users).order_by(users.c.id))
 
 
 @admin.get("/users/{user_id}")
@@ -2286,16 +1896,14 @@ async def read_user(user_id: Id, _admin: AdminUser) -> UserPublic:
     Errors: 403 admin_required; 404 absent
     Limit: read
     """
-    async with database.read() as db:
-        row = (await db.execute(sa.select(users).where(users.c.id == user_id))).one_or_none()
-    if row is None:
-        raise not_found("user", user_id)
-    return user_public(row)
+    for row in await fetch(sa.select(users).where(users.c.id == user_id)):
+        return UserPublic(**row._mapping)
+    raise not_found("user", user_id)
 
 
 @admin.get("/tasks")
 async def list_all_tasks(
-    request: Request, response: Response, _admin: AdminUser, query: Annotated[AdminTaskQuery, Query()]
+    _admin: AdminUser, query: Annotated[AdminTaskQuery, Query()], reply: Answering
 ) -> Page[TaskPublic]:
     """Every owner's tasks, with the filters of GET /tasks and `owner_id`.
 
@@ -2303,61 +1911,49 @@ async def list_all_tasks(
     Limit: read
     """
     owner = [tasks.c.owner_id == query.owner_id] if query.owner_id else []
-    statement = sa.select(*TASK_COLUMNS).where(*owner, *task_filters(query)).order_by(*task_order(query))
-    return await page_of(request, response, query, TaskPublic, statement)
+    return await reply.page(query, TaskPublic, filtered(query).where(*owner))
 
 
 health = router("/health", "health")
 
 
-async def database_latency() -> float:
-    """Milliseconds that one trivial query takes. Errors: 503."""
-    began = time.perf_counter()
-    async with database.read() as db:
-        await db.execute(sa.select(1))
-    return round((time.perf_counter() - began) * 1000, 2)
-
-
-@health.get("")
-@limited("unlimited")
+@health.get("", openapi_extra={"x-rate-limit": "none"})
 async def read_health() -> Health:
     """Alive, and the database answers.
 
     Errors: 503 database_unavailable
     """
-    await database_latency()
+    await fetch(sa.select(1))
     return Health()
 
 
-@health.get("/detailed")
-@limited("unlimited")
+@health.get("/detailed", openapi_extra={"x-rate-limit": "none"})
 async def read_health_detailed() -> HealthDetailed:
     """The same, with figures.
 
     Errors: 503 database_unavailable
     """
+    began = time.perf_counter()
+    await fetch(sa.select(1))
+    figures: Any = {"engine": "sqlite", "latency_ms": round((time.perf_counter() - began) * 1000, 2)}
+    uptime, streams = int(time.monotonic() - started_at), sum(len(feed.streams) for feed in feeds.values())
     return HealthDetailed(
-        version=VERSION,
-        uptime_seconds=int(time.monotonic() - started_at),
-        database=DatabaseHealth(engine="sqlite", latency_ms=await database_latency()),
-        live_connections=sum(len(feed.streams) for feed in feeds.values()),
-        last_cleanup=last_cleanup,
+        version=VERSION, uptime_seconds=uptime, database=figures, live_connections=streams, last_cleanup=last_cleanup
     )
 
 
-for resource in (auth, me, todo, live, admin, health):
+for resource in (auth, account, todo, live, admin, health):
     app.include_router(resource)
 
-
 # ── 12 Command line ─────────────────────────────────────────────────────────────────────────────
-# Everything here works beside a running server: the database's own locks are all it needs, and the
-# server notices what changed within POLL_SECONDS.
+# Every command works beside a running server: the database's own locks are all that they need, and the
+# server notices within POLL_SECONDS.
 
 
 class Server(uvicorn.Server):
     """Uvicorn, which ends the streams first: it would wait for them."""
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, frame: Any) -> None:
         """On Ctrl-C and SIGTERM."""
         end_streams()
         super().handle_exit(sig, frame)
@@ -2366,97 +1962,59 @@ class Server(uvicorn.Server):
 def serve(reload: bool) -> None:
     """Listen, say where, and serve until Ctrl-C or SIGTERM."""
     logging.getLogger("uvicorn").setLevel("WARNING")
-    options: Any = {
-        "host": settings.host,
-        "port": settings.port,
-        "log_config": None,
-        "access_log": False,
-        "proxy_headers": False,
-        "server_header": False,
-        "ws_max_size": MAX_FRAME_BYTES,
-        "ws_per_message_deflate": False,
-        "timeout_graceful_shutdown": 5,
-    }
+    quiet = {"log_config": None, "access_log": False, "proxy_headers": False, "server_header": False}
+    bounds = {"ws_max_size": MAX_FRAME_BYTES, "ws_per_message_deflate": False, "timeout_graceful_shutdown": 5}
+    options: Any = {"host": settings.host, "port": settings.port} | quiet | bounds
     if reload:
-        here = Path(__file__)
-        uvicorn.run("app:app", reload=True, app_dir=str(here.parent), reload_includes=[here.name], **options)
-        return
+        return uvicorn.run("app:app", reload=True, app_dir=str(Path(__file__).parent), **options)
     config = uvicorn.Config(app, **options)
     listener = config.bind_socket()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"http://{host}:{listener.getsockname()[1]}{settings.root_path}"
-    announce(f"Onefile Tasks {VERSION}\n  Listening  {address}   (Ctrl-C ends it)\n  Docs       {address}/docs")
+    print(f"Onefile Tasks {VERSION}\n  Listening  {address}   (Ctrl-C ends it)\n  Docs       {address}/docs")  # noqa: T201
     with contextlib.suppress(KeyboardInterrupt):
-        Server(config).run(sockets=[listener])
+        return Server(config).run(sockets=[listener])
 
 
-def ask_password() -> str:
-    """A typed password, a line of standard input, or an empty one replaced by a generated one. Errors: SystemExit."""
-    interactive = sys.stdin.isatty()
-    typed = getpass.getpass("Password (empty: generate one): ") if interactive else sys.stdin.readline().rstrip("\n")
-    if not typed:
-        typed = new_token()
-        announce(f"Password: {typed}")
-    try:
-        return str(TypeAdapter(Password).validate_python(typed))
-    except ValidationError as error:
-        raise SystemExit(f"password: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-
-
-async def create_user(name: str, is_admin: bool) -> None:
-    """Create an account. Errors: SystemExit."""
-    try:
-        columns = new_user(username(name), hash_password(ask_password()), "admin" if is_admin else "user")
-        async with database.write() as db:
-            await db.execute(sa.insert(users).values(columns))
-    except ValueError as error:
-        raise SystemExit(f"username: {error}") from None
-    except IntegrityError:
-        raise SystemExit("username: is taken") from None
-    announce(f"Created {columns['username']}, {columns['role']}.")
-
-
-async def reset_password(name: str) -> None:
-    """Set a new password and end every session of the account. Errors: SystemExit."""
-    this = users.c.username_key == folded(name)
-    password_hash = hash_password(ask_password())
-    async with database.write() as db:
-        user_id = await db.scalar(
-            sa.update(users).where(this).values(password_hash=password_hash).returning(users.c.id)
-        )
-        if user_id is None:
-            raise SystemExit("username: there is no such account")
-        await db.execute(sa.delete(sessions).where(sessions.c.user_id == user_id))
-    announce("The password is set and every session has ended.")
-
-
-async def run_command(command: Coroutine[Any, Any, None]) -> None:
-    """Run a command on the open database."""
+async def set_password(name: str, role: str | None) -> None:
+    """Create an account, or without a role set a new password and end every session. Errors: SystemExit."""
+    typed = (
+        getpass.getpass("Password (empty: generate one): ") if sys.stdin.isatty() else sys.stdin.readline().strip("\n")
+    )
+    password = checked(Password, typed or new_token(), "password")
+    columns = new_user(checked(Username, name, "name"), password, role or "user")
     await open_database()
-    try:
-        await command
-    finally:
-        await database.close()
+    this = users.c.username_key == columns["username_key"]
+    async with database.write() as db:
+        known = await db.scalar(sa.select(users.c.id).where(this))
+        if (known is None) == (role is None):
+            raise SystemExit(f"name: {name} {'is taken' if known else 'does not exist'}")
+        if known is None:
+            await db.execute(sa.insert(users).values(columns))
+        else:
+            await db.execute(sa.delete(sessions).where(sessions.c.user_id == known))
+            await db.execute(sa.update(users).where(this).values(password_hash=columns["password_hash"]))
+    await database.close()
+    print("Done." if typed else f"Done. The password is {password}")  # noqa: T201
 
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="app.py", description="Onefile Tasks. Without a command it serves.")
-    parser.add_argument("--reload", action="store_true", help="serve, and start again whenever app.py changes")
+    parser = argparse.ArgumentParser(prog="app.py", description="Onefile Tasks. Without a command, it serves.")
+    parser.add_argument("--reload", action="store_true", help="start again whenever app.py changes")
     commands = parser.add_subparsers(dest="command", metavar="command")
-    create = commands.add_parser("create-user", help="create an account; the password is asked for")
-    create.add_argument("name")
-    create.add_argument("--admin", action="store_true", help="with the admin role")
+    create = commands.add_parser("create-user", help="create an account; asks for the password")
+    create.add_argument(
+        "--admin", dest="role", action="store_const", const="admin", default="user", help="with the role admin"
+    )
     reset = commands.add_parser("reset-password", help="set a password and end every session of the account")
-    reset.add_argument("name")
+    for command in (create, reset):
+        command.add_argument("name")
     arguments = parser.parse_args()
-    match arguments.command:
-        case "create-user":
-            asyncio.run(run_command(create_user(arguments.name, arguments.admin)))
-        case "reset-password":
-            asyncio.run(run_command(reset_password(arguments.name)))
-        case _:
-            serve(arguments.reload)
+    if arguments.command:
+        asyncio.run(set_password(arguments.name, getattr(arguments, "role", None)))
+    else:
+        serve(arguments.reload)
 
 
 if __name__ == "__main__":
