@@ -88,14 +88,12 @@ from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from fastapi_offline import FastAPIOffline
-from pydantic import MISSING, AfterValidator, BeforeValidator, Field, SecretStr, StringConstraints, ValidationError
+from pydantic import MISSING, AfterValidator, BeforeValidator, SecretStr, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from slowapi import Limiter
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlmodel import Field as Column
-from sqlmodel import SQLModel
+from sqlmodel import Field, SQLModel
 from starlette.datastructures import MutableHeaders
-from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -112,18 +110,10 @@ T = TypeVar("T")
 # The environment decides, and a .env file is the same thing on disk. A wrong value stops the start
 # with one line that names the variable, because a server that guesses is found out later.
 
-PLACEHOLDER = re.compile(r"change.?(me|this|it)|your.?secret|secret.?key|placeholder|example|insecure", re.I)
-
-
-def strong_secret(secret: SecretStr) -> SecretStr:
-    """Refuse a key that a stranger could guess: whoever knows it is every user. Ref: RFC 7518 §3.2."""
-    key = secret.get_secret_value()
-    if key and (len(key.encode()) < 32 or PLACEHOLDER.search(key) or len(set(key)) < 8):
-        raise ValueError("must be 32 random bytes or more; leave it empty to have one generated")
-    return secret
-
-
 RateLimit = Annotated[Any, AfterValidator(limits.parse)]
+Networks = Annotated[
+    str, AfterValidator(lambda text: [str(ipaddress.ip_network(each)) for each in text.split(",") if each])
+]
 
 
 class Settings(BaseSettings):
@@ -132,16 +122,16 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", validate_default=True)
 
     host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
-    root_path: str = Field(default="", pattern=r"^(/[^/?#\s]+)*$")
+    port: int = pydantic.Field(default=8000, ge=0, le=65535)
+    root_path: str = pydantic.Field(default="", pattern=r"^(/[^/?#\s]+)*$")
     data_dir: Path = Path("data")
-    secret_key: Annotated[SecretStr, AfterValidator(strong_secret)] = SecretStr("")
+    secret_key: SecretStr = SecretStr("")
     admin_username: str = "admin"
     admin_password: SecretStr = SecretStr("")
     registration: Literal["open", "closed"] = "open"
-    access_token_minutes: int = Field(default=15, ge=1, le=1440)
-    refresh_token_days: int = Field(default=30, ge=1, le=180)
-    trash_days: int = Field(default=30, ge=0, le=36500)
+    access_token_minutes: int = pydantic.Field(default=15, ge=1, le=1440)
+    refresh_token_days: int = pydantic.Field(default=30, ge=1, le=180)
+    trash_days: int = pydantic.Field(default=30, ge=0, le=36500)
     rate_limits: Literal["on", "off"] = "on"
     rate_limit_register: RateLimit = "3/minute"
     rate_limit_login: RateLimit = "5/minute"
@@ -149,27 +139,24 @@ class Settings(BaseSettings):
     rate_limit_refresh: RateLimit = "10/minute"
     rate_limit_read: RateLimit = "600/minute"
     rate_limit_write: RateLimit = "300/minute"
-    max_body_kib: int = Field(default=64, ge=1, le=65536)
-    trusted_proxies: str = ""
+    max_body_kib: int = pydantic.Field(default=64, ge=1, le=65536)
+    trusted_proxies: Networks = ""
     docs: Literal["on", "off"] = "on"
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-def plain(error: ValidationError) -> str:
-    """The first message of a validation error, without what was sent."""
-    return error.errors(include_input=False, include_url=False)[0]["msg"].removeprefix("Value error, ")
-
-
-def load_settings() -> Settings:
-    """Read the settings. Errors: SystemExit with one line that names the variable, never its value."""
+def valid_or_exit(make: Callable[[], T], name: str = "") -> T:
+    """What no request brought. Errors: SystemExit with one line that names what is wrong, never its value."""
     try:
-        return Settings()
+        return make()
     except ValidationError as error:
-        raise SystemExit(f"{str(error.errors()[0]['loc'][0]).upper()}: {plain(error)}") from None
+        first = error.errors(include_input=False, include_url=False)[0]
+        message = first["msg"].removeprefix("Value error, ")
+        raise SystemExit(f"{name or str(first['loc'][0]).upper()}: {message}") from None
 
 
-settings = load_settings()
+settings = valid_or_exit(Settings)
 
 
 def now() -> datetime:
@@ -307,10 +294,10 @@ class Answer(SQLModel):
 class UserPublic(Answer):
     """An account, as its owner and an admin see it."""
 
-    id: int = Column(primary_key=True)
+    id: int = Field(primary_key=True)
     username: str
     email: str | None
-    role: Literal["user", "admin"] = Column(sa_type=sa.String)
+    role: Literal["user", "admin"] = Field(sa_type=sa.String)
     is_active: bool
     created_at: datetime
 
@@ -318,7 +305,7 @@ class UserPublic(Answer):
 class Users(UserPublic, table=True):
     """The private half of an account. `seq` is the number that section 9 is about."""
 
-    username_key: str = Column(unique=True)
+    username_key: str = Field(unique=True)
     password_hash: str
     seq: int
     purged_seq: int
@@ -327,7 +314,7 @@ class Users(UserPublic, table=True):
 class SessionPublic(Answer):
     """A login."""
 
-    id: int = Column(primary_key=True)
+    id: int = Field(primary_key=True)
     address: str
     user_agent: str
     created_at: datetime
@@ -338,15 +325,15 @@ class SessionPublic(Answer):
 class Sessions(SessionPublic, table=True):
     """Deleting the row ends the session with every token of it, access tokens included."""
 
-    user_id: int = Column(foreign_key="users.id", ondelete="CASCADE", index=True)
+    user_id: int = Field(foreign_key="users.id", ondelete="CASCADE", index=True)
 
 
 class Tokens(Answer, table=True):
     """A refresh token, as a hash. A used one is kept, to notice a replay."""
 
-    id: int = Column(primary_key=True)
-    session_id: int = Column(foreign_key="sessions.id", ondelete="CASCADE", index=True)
-    token_hash: str = Column(unique=True)
+    id: int = Field(primary_key=True)
+    session_id: int = Field(foreign_key="sessions.id", ondelete="CASCADE", index=True)
+    token_hash: str = Field(unique=True)
     used_at: datetime | None
     expires_at: datetime
 
@@ -354,16 +341,16 @@ class Tokens(Answer, table=True):
 class TaskPublic(Answer):
     """A task. `version` is its ETag and its place in the order of its owner's changes."""
 
-    id: int = Column(primary_key=True)
+    id: int = Field(primary_key=True)
     title: str
     description: str | None
-    status: Status = Column(sa_type=sa.String)
-    priority: Priority = Column(sa_type=sa.String)
+    status: Status = Field(sa_type=sa.String)
+    priority: Priority = Field(sa_type=sa.String)
     due_date: datetime | None
     completed: bool
     completed_at: datetime | None
     attachments: int
-    owner_id: int = Column(foreign_key="users.id", ondelete="CASCADE")
+    owner_id: int = Field(foreign_key="users.id", ondelete="CASCADE")
     version: int
     created_at: datetime
     updated_at: datetime
@@ -449,8 +436,9 @@ Title = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, ma
 Description = Annotated[str, StringConstraints(max_length=10_000), Storable]
 Username = Annotated[str, Storable, AfterValidator(username)]
 Password = Annotated[str, StringConstraints(min_length=8, max_length=256), Storable, AfterValidator(uncommon)]
+a_username, a_password = pydantic.TypeAdapter(Username), pydantic.TypeAdapter(Password)
 Email = Annotated[str, StringConstraints(max_length=254, pattern=r"^[^@\s]+@[^@\s]+$"), Storable]
-Seq = Annotated[int, Field(ge=0, le=MAX_ID)]
+Seq = Annotated[int, pydantic.Field(ge=0, le=MAX_ID)]
 Item = TypeVar("Item", bound=SQLModel)
 
 
@@ -498,6 +486,13 @@ class UserUpdate(Body):
     email: Email | MISSING | None = MISSING
     password: Password | MISSING = MISSING
     current_password: Text | MISSING = MISSING
+
+    @pydantic.model_validator(mode="after")
+    def both_passwords(self) -> Self:
+        """A password is changed by who knows it, not by who finds an open browser."""
+        if (self.password is MISSING) != (self.current_password is MISSING):
+            raise ValueError("password and current_password go together")
+        return self
 
 
 class TokenPair(Answer):
@@ -588,22 +583,22 @@ class Page(Collection[Item], Generic[Item]):
 class PageQuery(Answer):
     """Paging. The highest page keeps OFFSET within 64 bits."""
 
-    page: int = Field(1, ge=1, le=2**53)
-    page_size: int = Field(default=20, ge=1, le=100)
+    page: int = pydantic.Field(1, ge=1, le=2**53)
+    page_size: int = pydantic.Field(default=20, ge=1, le=100)
 
 
 class TaskQuery(PageQuery):
     """Filters, all ANDed, and the order."""
 
-    status: list[Status] = Field([], description="Repeatable.")
-    priority: list[Priority] = Field([], description="Repeatable.")
+    status: list[Status] = pydantic.Field([], description="Repeatable.")
+    priority: list[Priority] = pydantic.Field([], description="Repeatable.")
     completed: bool | None = None
     search: Annotated[str, StringConstraints(min_length=1, max_length=200), Storable] | None = None
     """Substring of title or description, in any case and script; % and _ are literal."""
-    due_before: Time | None = Field(None, description="Inclusive.")
-    due_after: Time | None = Field(None, description="Inclusive.")
+    due_before: Time | None = pydantic.Field(None, description="Inclusive.")
+    due_after: Time | None = pydantic.Field(None, description="Inclusive.")
     overdue: bool | None = None
-    deleted: bool = Field(False, description="true lists the trash.")
+    deleted: bool = pydantic.Field(False, description="true lists the trash.")
     sort: Literal["created_at", "updated_at", "due_date", "priority", "status", "title"] = "created_at"
     """due_date puts tasks without one last, both ways."""
     order: Literal["asc", "desc"] = "desc"
@@ -612,7 +607,7 @@ class TaskQuery(PageQuery):
 class AdminTaskQuery(TaskQuery):
     """The same filters, and the owner's id."""
 
-    owner_id: Annotated[int, Field(ge=1, le=MAX_ID)] | None = None
+    owner_id: Annotated[int, pydantic.Field(ge=1, le=MAX_ID)] | None = None
 
 
 class Changes(Answer):
@@ -719,11 +714,7 @@ def decode_access_token(token: str) -> tuple[int, int] | None:
 
     Expiry is compared with `now()`, not by PyJWT, so that one clock rules and a test can set it.
     """
-    options: Any = {
-        "require": ["iss", "sub", "sid", "typ", "iat", "exp", "jti"],
-        "verify_exp": False,
-        "verify_iat": False,
-    }
+    options: Any = {"require": ["sub", "sid", "typ", "iat", "exp", "jti"], "verify_exp": False, "verify_iat": False}
     try:
         claims = jwt.decode(token, settings.secret_key.get_secret_value(), ["HS256"], options, issuer=ISSUER)
         live = now().timestamp() < int(claims["exp"]) + CLOCK_LEEWAY_SECONDS and claims["typ"] == "access"
@@ -750,10 +741,10 @@ def alive() -> sa.ColumnElement[bool]:
 async def authenticate(authorization: str | None) -> Row | None:
     """The user behind an Authorization header, joined with their session, or None."""
     scheme, _, token = (authorization or "").partition(" ")
-    user_id, session_id = decode_access_token(token.strip() if scheme.lower() == "bearer" else "") or (0, 0)
-    found = (
-        await fetch(principals.where(users.c.id == user_id, sessions.c.id == session_id, alive())) if user_id else ()
-    )
+    ids = decode_access_token(token.strip()) if scheme.lower() == "bearer" else None
+    if ids is None:
+        return None
+    found = await fetch(principals.where(users.c.id == ids[0], sessions.c.id == ids[1], alive()))
     return found[0] if found else None
 
 
@@ -878,16 +869,24 @@ def enforce(scope: Scope, buckets: dict[str, str]) -> None:
             raise rate_limited(reset)
 
 
-def guarded_body(request: Request, max_bytes: int, json_only: bool) -> Receive:
-    """Receive JSON, until more than max_bytes have arrived. Errors: 413; 415. Ref: RFC 9110 §15.5."""
-    media_type, arrived = request.headers.get("content-type", "").partition(";")[0].strip().lower(), 0
+def check_media_type(request: Request, is_form: bool) -> None:
+    """Errors: 415 for a body that is not what the route reads. Ref: RFC 9110 §15.5.16."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    wanted = r"application/x-www-form-urlencoded|multipart/form-data" if is_form else r"application/([\w.-]+\+)?json"
+    has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+    if has_body and not re.fullmatch(wanted, media_type):
+        hint = "a form: curl -d" if is_form else "JSON: curl --json, or Content-Type: application/json"
+        raise ApiError(415, "unsupported_media_type", f"Send {hint}.")
+
+
+def limited_body(request: Request, max_bytes: int) -> Receive:
+    """Receive, until more than max_bytes have arrived. Errors: 413. Ref: RFC 9110 §15.5.14."""
+    arrived = 0
 
     async def receive() -> Message:
         nonlocal arrived
         message = await request.receive()
         arrived += len(message.get("body", b""))
-        if arrived and json_only and not re.fullmatch(r"application/([\w.-]+\+)?json", media_type):
-            raise ApiError(415, "unsupported_media_type", "Send JSON: curl --json, or Content-Type: application/json.")
         if arrived > max_bytes:
             raise ApiError(413, "body_too_large", f"The body is larger than {max_bytes:,} bytes.")
         return message
@@ -906,7 +905,7 @@ class Route(APIRoute):
         handle, elsewhere = super().get_route_handler(), (params.Path, params.Header)
         known = {p.alias for p in get_flat_params(self.dependant) if not isinstance(p.field_info, elsewhere)}
         bucket, extra = "read" if self.methods == {"GET"} else "write", (self.openapi_extra or {}).get("x-rate-limit")
-        takes_json = self.body_field is not None and not isinstance(self.body_field.field_info, params.Form)
+        body = self.body_field
 
         async def guarded(request: Request) -> Response:
             user = request.state.user = await authenticate(request.headers.get("authorization"))
@@ -915,7 +914,9 @@ class Route(APIRoute):
             enforce(request.scope, counts | {bucket: f"user {user.id}" if user else address})
             if not request.query_params.keys() <= known:
                 raise invalid(("query", f"has an unknown parameter; known are: {', '.join(sorted(known)) or 'none'}"))
-            return await handle(Request(request.scope, guarded_body(request, settings.max_body_kib * 1024, takes_json)))
+            if body is not None:
+                check_media_type(request, isinstance(body.field_info, params.Form))
+            return await handle(Request(request.scope, limited_body(request, settings.max_body_kib * 1024)))
 
         return guarded
 
@@ -1082,13 +1083,6 @@ class Transaction:
         self.db, self.user_id, self.seq = db, user_id, seq
         self.change = Change(seq, "purged", "")
 
-    async def find(self, task_id: int, if_match: str | None, trashed: bool) -> TaskPublic:
-        """The task as it is now. Errors: 404; 412 stale version. Ref: RFC 9110 §13.1.1."""
-        task = await find_task(self.db, task_id, self.user_id, trashed)
-        if if_match is not None and not etag_matches(if_match, f'"{task.version}"'):
-            raise ApiError(412, "version_mismatch", f'The task is at version "{task.version}" now.')
-        return task
-
     async def save(self, before: TaskPublic | None, values: dict[str, Any]) -> TaskPublic:
         """Write a new task, or new values of one, with all that follows from them."""
         moment = now()
@@ -1133,6 +1127,7 @@ async def changing(user_id: int) -> AsyncIterator[Transaction]:
 
 SEND_SECONDS = 20.0
 CLEANUP_SECONDS = 3600.0
+PLACEHOLDER = re.compile(r"change.?(me|this|it)|your.?secret|secret.?key|placeholder|example|insecure", re.I)
 started_at = time.monotonic()
 last_cleanup: dict[str, int | datetime] | None = None
 
@@ -1142,26 +1137,27 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The time, what happened, and the traceback of a failure."""
-        entry = {"time": now().isoformat(timespec="milliseconds"), "level": record.levelname.lower()}
-        entry |= record.msg if isinstance(record.msg, dict) else {"message": record.getMessage()}
-        entry |= {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
-        return json.dumps(entry) if settings.log_format == "json" else " ".join(map(str, entry.values()))
+        moment = now().isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        if settings.log_format == "text":
+            return f"{moment} {super().format(record)}"
+        trace = {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
+        fields = getattr(record, "fields", {"message": record.getMessage()})
+        return json.dumps({"time": moment, "level": record.levelname.lower()} | fields | trace)
 
 
 def load_secret(path: Path) -> SecretStr:
-    """SECRET_KEY, or the one generated on the first start and kept beside the database, mode 0600."""
-    if not settings.secret_key.get_secret_value() and not path.exists():
+    """SECRET_KEY, or the one generated on the first start and kept beside the database, mode 0600.
+
+    Whoever guesses the key is every user: a short or a copied one stops the start. Ref: RFC 7518 §3.2.
+    Errors: SystemExit
+    """
+    key = settings.secret_key.get_secret_value()
+    if key and (len(key.encode()) < 32 or len(set(key)) < 8 or PLACEHOLDER.search(key)):
+        raise SystemExit("SECRET_KEY: must be 32 random bytes or more; leave it empty to have one generated")
+    if not key and not path.exists():
         with open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
             file.write(new_token())
-    return settings.secret_key if settings.secret_key.get_secret_value() else SecretStr(path.read_text())
-
-
-def checked(kind: Any, value: str, name: str) -> str:
-    """A value that no request brought. Errors: SystemExit that names it."""
-    try:
-        return str(pydantic.TypeAdapter(kind).validate_python(value))
-    except ValidationError as error:
-        raise SystemExit(f"{name}: {plain(error)}") from None
+    return SecretStr(key or path.read_text())
 
 
 def new_user(name: str, password: str, role: str, email: str | None = None) -> dict[str, Any]:
@@ -1173,8 +1169,8 @@ def new_user(name: str, password: str, role: str, email: str | None = None) -> d
 async def open_database() -> None:
     """Open the database, create what is missing, load the secret, create the first admin. Errors: SystemExit."""
     given = settings.admin_password.get_secret_value()
-    name, password = checked(Username, settings.admin_username, "ADMIN_USERNAME"), given or new_token()
-    columns = new_user(name, checked(Password, password, "ADMIN_PASSWORD"), "admin")
+    name = valid_or_exit(lambda: a_username.validate_python(settings.admin_username), "ADMIN_USERNAME")
+    password = valid_or_exit(lambda: a_password.validate_python(given or new_token()), "ADMIN_PASSWORD")
     try:
         database.open(settings.data_dir)
     except OSError as error:
@@ -1184,7 +1180,7 @@ async def open_database() -> None:
         settings.secret_key = load_secret(settings.data_dir / "secret_key")
         first_start = await db.scalar(sa.select(sa.func.count()).select_from(users)) == 0
         if first_start:
-            await db.execute(sa.insert(users).values(columns))
+            await db.execute(sa.insert(users).values(new_user(name, password, "admin")))
     if first_start and not given:
         print(f"  Admin      {name}, password {password}   (shown only now)", flush=True)  # noqa: T201
 
@@ -1241,43 +1237,8 @@ class SlowClient(Exception):
     """The peer has taken nothing for SEND_SECONDS."""
 
 
-class Exchange:
-    """One request or socket as the outermost layer sees it: id, status, time, and a `send` that completes answers."""
-
-    def __init__(self, scope: Scope, send: Send) -> None:
-        self.method, self.path, self.raw_send = scope.get("method", "WEBSOCKET"), scope["path"], send
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        self.request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else secrets.token_hex(8)
-        self.state = {**scope.get("state", {}), "request_id": self.request_id, "user": None, "headers": {}}
-        self.scope = {**scope, "state": self.state, "path": self.path.removesuffix("/") or "/"}
-        self.scope |= {"method": "GET"} if self.method == "HEAD" else {}
-        self.began, self.status = time.perf_counter(), 0
-
-    async def send(self, message: Message) -> None:
-        """Put id and limits on the head, drop the body of a HEAD, give up on a peer that does not read."""
-        self.status = message.get("status") or message.get("code") or self.status
-        if message["type"] == "http.response.start":
-            MutableHeaders(scope=message).update({"X-Request-ID": self.request_id} | self.state["headers"])
-        if self.method == "HEAD":
-            message["body"] = b""
-        try:
-            async with asyncio.timeout(SEND_SECONDS):
-                await self.raw_send(message)
-        except TimeoutError:
-            # ASGI has no word for it: only the transport can drop what such a peer never takes.
-            if message["type"] != "websocket.send" and hasattr(self.raw_send, "__self__"):
-                self.raw_send.__self__.transport.abort()
-            raise SlowClient from None
-
-    def log(self) -> None:
-        """One line. The path is percent-encoded, so that it cannot forge another line, and has no query."""
-        milliseconds = round((time.perf_counter() - self.began) * 1000, 1)
-        entry = {"request_id": self.request_id, "method": self.method, "path": quote(self.path), "status": self.status}
-        log.info(entry | {"milliseconds": milliseconds, "user_id": self.state["user"] and self.state["user"].id})
-
-
 class Gateway:
-    """The outermost ASGI layer: what holds for every request, whatever happens inside."""
+    """The outermost ASGI layer: what holds for every request and socket, whatever happens inside."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -1300,49 +1261,85 @@ class Gateway:
             exchange.log()
 
 
+class Exchange:
+    """One request or socket as the Gateway sees it: id, status, time, and a `send` that completes the answer."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.method, self.path, self.raw_send = scope.get("method", "WEBSOCKET"), scope["path"], send
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        self.request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else secrets.token_hex(8)
+        self.state = {**scope.get("state", {}), "request_id": self.request_id, "user": None, "headers": {}}
+        self.scope = {**scope, "state": self.state, "path": self.path.removesuffix("/") or "/"}
+        self.scope |= {"method": "GET"} if self.method == "HEAD" else {}
+        self.scope |= {"root_path": settings.root_path} if settings.root_path else {}
+        self.began, self.status, self.complete = time.perf_counter(), 0, False
+
+    async def send(self, message: Message) -> None:
+        """Put id and limits on the head, end a HEAD without its body, give up on a peer that does not read."""
+        self.status = message.get("status") or message.get("code") or self.status
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update({"X-Request-ID": self.request_id} | self.state["headers"])
+        elif self.method == "HEAD":
+            message = {"type": "http.response.body"}
+            if self.complete:
+                return
+            self.complete = True
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await self.raw_send(message)
+        except TimeoutError:
+            # ASGI has no word for it: only the transport can drop what such a peer never takes.
+            if message["type"] != "websocket.send" and hasattr(self.raw_send, "__self__"):
+                self.raw_send.__self__.transport.abort()
+            raise SlowClient from None
+
+    def log(self) -> None:
+        """One line. The path is percent-encoded, so that it cannot forge another line, and has no query."""
+        user, milliseconds = self.state["user"], round((time.perf_counter() - self.began) * 1000, 1)
+        entry = {"request_id": self.request_id, "method": self.method, "path": quote(self.path), "status": self.status}
+        entry |= {"milliseconds": milliseconds, "user_id": user.id if user else None}
+        line = "{request_id} {method} {path} {status} {milliseconds} ms user {user_id}"
+        log.info(line.format(**entry), extra={"fields": entry})
+
+
 def explain(error: Exception) -> ApiError:
     """Whatever was raised, as the error that a client sees. What they sent is not repeated."""
-    match error:
-        case ApiError():
-            return error
-        case RequestValidationError():
-            fields = [(".".join(map(str, each["loc"][1:] or each["loc"])), each) for each in error.errors()]
-            if any(each["type"] == "json_invalid" for _, each in fields):
-                return ApiError(400, "invalid_json", "The body is not valid JSON.")
-            details = [{"field": name, "message": each["msg"].removeprefix("Value error, ")} for name, each in fields]
-            message = "; ".join(f"{each['field']}: {each['message']}" for each in details)
-            return ApiError(422, "validation_failed", message, details=details)
-        case StarletteHTTPException(status_code=404):
-            return ApiError(404, "not_found", "No such path. All of them stand in /docs.")
-        case StarletteHTTPException(status_code=405):
-            return ApiError(405, "method_not_allowed", "This path has other methods: see Allow.", error.headers)
-        case StarletteHTTPException():
-            return ApiError(400, "invalid_json", "The body cannot be read.")
-        case sa.exc.OperationalError() | sa.exc.TimeoutError():
-            return ApiError(
-                503, "database_unavailable", "The database does not answer. Try again.", {"Retry-After": "5"}
-            )
-    return ApiError(500, "internal_error", "Something failed here; the log knows more by this request_id.")
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestValidationError):
+        if any(each["type"] == "json_invalid" for each in error.errors()):
+            return ApiError(400, "invalid_json", "The body is not valid JSON.")
+        names = [".".join(map(str, each["loc"][1:] or each["loc"])) for each in error.errors()]
+        return invalid(*zip(names, [each["msg"].removeprefix("Value error, ") for each in error.errors()], strict=True))
+    if isinstance(error, sa.exc.OperationalError | sa.exc.TimeoutError):
+        return ApiError(503, "database_unavailable", "The database does not answer; try again.", {"Retry-After": "5"})
+    known = {
+        400: ApiError(400, "invalid_json", "The body cannot be read."),
+        404: ApiError(404, "not_found", "No such path. All of them stand in /docs."),
+        405: ApiError(405, "method_not_allowed", "This path has other methods: see Allow."),
+    }
+    failed = ApiError(500, "internal_error", "Something failed here; the log knows more by this request_id.")
+    return known.get(getattr(error, "status_code", 500), failed)
 
 
 async def on_error(request: Request, error: Exception) -> Response:
     """The framework's errors and ours; everything else reaches the Gateway."""
-    if isinstance(error, StarletteHTTPException) and error.status_code == 405:
+    response = explain(error).response(request.state.request_id)
+    if response.status_code == 405:
         path = request.scope["path"].removeprefix(request.scope["root_path"])
         here = [route.methods or set() for route in iter_route_contexts(app.routes) if route.path_regex.match(path)]
         methods = set().union(*here)
-        error.headers = {"Allow": ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))}
-    return explain(error).response(request.state.request_id)
+        response.headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+    return response
 
 
 app: FastAPI = (FastAPIOffline if settings.docs == "on" else FastAPI)(
     title="Onefile Tasks",
     version=VERSION,
-    root_path=settings.root_path,
     openapi_url="/openapi.json" if settings.docs == "on" else None,
     redirect_slashes=False,
     lifespan=lifespan,
-    exception_handlers={StarletteHTTPException: on_error, RequestValidationError: on_error},
+    exception_handlers=dict.fromkeys((400, 404, 405, ApiError, RequestValidationError), on_error),
     responses={"default": {"model": Error, "description": "Any error"}},
 )
 app.add_middleware(Gateway)
@@ -1386,7 +1383,7 @@ class TokenIssuer:
         Failures are not counted from an address that is logged in to the account, so that a stranger
         who exhausts the count locks nobody out.
         """
-        key = folded(name)[:100]
+        key = folded(name)[:200]
         user = next(iter(await fetch(sa.select(users).where(users.c.username_key == key))), None)
         here = sa.select(sessions.c.address).where(
             sessions.c.user_id == (user and user.id), sessions.c.expires_at > now()
@@ -1549,9 +1546,9 @@ async def update_account(body: UserUpdate, user: CurrentUser, issuer: Issuer) ->
     Limit: account, failures only; write
     """
     values, others = body.model_dump(include={"email"}), sa.false()
-    if body.password is not MISSING:
-        if body.current_password is MISSING or await issuer.verify(user.username, body.current_password) is None:
-            raise ApiError(403, "wrong_password", "A new password needs the right current_password.")
+    if body.password is not MISSING and body.current_password is not MISSING:
+        if await issuer.verify(user.username, body.current_password) is None:
+            raise ApiError(403, "wrong_password", "current_password is wrong.")
         values["password_hash"] = await in_worker(hash_password, body.password)
         others = (sessions.c.user_id == user.id) & (sessions.c.id != user.session_id)
     async with database.write() as db:
@@ -1752,7 +1749,10 @@ class TaskEdit:
     async def save(self, values: dict[str, Any], trashed: bool = False) -> TaskPublic:
         """Find, check, write. Errors: 404 absent, not yours or on the other side of the trash; 412 stale version."""
         async with changing(self.user.id) as transaction:
-            task = await transaction.save(await transaction.find(self.task_id, self.if_match, trashed), values)
+            before = await find_task(transaction.db, self.task_id, self.user.id, trashed)
+            if self.if_match is not None and not etag_matches(self.if_match, f'"{before.version}"'):
+                raise ApiError(412, "version_mismatch", f'The task is at version "{before.version}" now.')
+            task = await transaction.save(before, values)
         self.reply.headers["ETag"] = f'"{task.version}"'
         return task
 
@@ -1815,44 +1815,42 @@ class Hello(Body):
     since: Seq | None = None
 
 
-class CloseSocket(Exception):
-    """Ends a socket: close code and reason. Ref: RFC 6455 §7.4."""
+CLOSE_CODES: dict[type[Exception], tuple[int, str]] = {
+    ApiError: (4401, "the token is not valid"),
+    TimeoutError: (4401, "no token came in time"),
+    ValidationError: (1003, 'the first frame is {"token": "…", "since": 17}'),
+    KeyError: (1003, "frames are text"),
+    ValueError: (1007, "frames are JSON"),
+    RecursionError: (1007, "frames are JSON"),
+    SlowClient: (1013, "the client did not read"),
+}
+SOCKET_ERRORS = tuple(CLOSE_CODES)
 
 
-async def read_frame(socket: WebSocket) -> Any:
-    """The next frame, decoded. Errors: CloseSocket 1003, 1007; WebSocketDisconnect."""
-    try:
-        return await socket.receive_json()
-    except KeyError:
-        raise CloseSocket(1003, "a frame is text") from None
-    except (ValueError, RecursionError):
-        raise CloseSocket(1007, "a frame is JSON") from None
+def close_code(error: Exception) -> tuple[int, str]:
+    """Why a socket ends. Ref: RFC 6455 §7.4."""
+    return next(CLOSE_CODES[kind] for kind in type(error).__mro__ if kind in CLOSE_CODES)
 
 
 async def meet(socket: WebSocket, since: int | None) -> tuple[Row, int | None]:
-    """Who is there and where to resume: by header, or by a first frame within 5 s. Errors: CloseSocket."""
+    """Who is there and where to resume: by header, or by a first frame within 5 s. Errors: SOCKET_ERRORS."""
     header = socket.headers.get("authorization")
-    try:
-        async with asyncio.timeout(HELLO_SECONDS):
-            hello = None if header else Hello.model_validate(await read_frame(socket))
-    except (TimeoutError, ValidationError) as error:
-        code = 4401 if isinstance(error, TimeoutError) else 1003
-        raise CloseSocket(code, 'the first frame is {"token": "…", "since": 17}, within 5 seconds') from None
+    async with asyncio.timeout(HELLO_SECONDS):
+        hello = None if header else Hello.model_validate(await socket.receive_json())
     user = socket.state.user = await authenticate(f"Bearer {hello.token}" if hello else header)
     if user is None:
-        raise CloseSocket(4401, "the token is not valid")
+        raise unauthorized()
     return user, hello.since if hello else since
 
 
 async def watch_peer(socket: WebSocket, stream: Stream) -> None:
     """After the first frame a client has nothing to say: JSON is ignored, anything else ends the stream."""
     try:
-        while True:
-            await read_frame(socket)
-    except CloseSocket as end:
-        stream.close(*end.args)
-    except WebSocketDisconnect:
+        async for _ in socket.iter_json():
+            pass
         stream.close(1000, "")
+    except SOCKET_ERRORS as error:
+        stream.close(*close_code(error))
 
 
 @live.websocket("/ws/tasks/{client_id}")
@@ -1863,17 +1861,13 @@ async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = No
         user, since = await meet(socket, since)
         async with open_stream(user, since, client_id) as stream:
             peer = asyncio.create_task(watch_peer(socket, stream))
-            try:
-                await socket.send_text(f'{{"type":"hello","seq":{stream.cursor}}}')
-                async for change in stream.changes():
-                    await socket.send_text(change.text)
-            except SlowClient:
-                stream.close(1013, "the client did not read")
-            finally:
-                peer.cancel()
-            raise CloseSocket(*stream.closing)
-    except CloseSocket as end:
-        await socket.close(*end.args)
+            await socket.send_text(f'{{"type":"hello","seq":{stream.cursor}}}')
+            async for change in stream.changes():
+                await socket.send_text(change.text)
+            peer.cancel()
+            await socket.close(*stream.closing)
+    except SOCKET_ERRORS as error:
+        await socket.close(*close_code(error))
 
 
 admin = router(f"{API}/admin", "admin")
@@ -1981,8 +1975,8 @@ async def set_password(name: str, role: str | None) -> None:
     typed = (
         getpass.getpass("Password (empty: generate one): ") if sys.stdin.isatty() else sys.stdin.readline().strip("\n")
     )
-    password = checked(Password, typed or new_token(), "password")
-    columns = new_user(checked(Username, name, "name"), password, role or "user")
+    password = valid_or_exit(lambda: a_password.validate_python(typed or new_token()), "password")
+    columns = new_user(valid_or_exit(lambda: a_username.validate_python(name), "name"), password, role or "user")
     await open_database()
     this = users.c.username_key == columns["username_key"]
     async with database.write() as db:
@@ -2001,18 +1995,16 @@ async def set_password(name: str, role: str | None) -> None:
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="app.py", description="Onefile Tasks. Without a command, it serves.")
-    parser.add_argument("--reload", action="store_true", help="start again whenever app.py changes")
-    commands = parser.add_subparsers(dest="command", metavar="command")
-    create = commands.add_parser("create-user", help="create an account; asks for the password")
-    create.add_argument(
-        "--admin", dest="role", action="store_const", const="admin", default="user", help="with the role admin"
-    )
-    reset = commands.add_parser("reset-password", help="set a password and end every session of the account")
-    for command in (create, reset):
-        command.add_argument("name")
+    parser.add_argument("command", nargs="?", choices=["create-user", "reset-password"], help="asks for the password")
+    parser.add_argument("name", nargs="?", help="of the account; a reset ends all its sessions")
+    parser.add_argument("--admin", action="store_true", help="create-user: with the role admin")
+    parser.add_argument("--reload", action="store_true", help="serve: start again whenever app.py changes")
     arguments = parser.parse_args()
+    if arguments.command and not arguments.name:
+        parser.error("a command needs a name")
     if arguments.command:
-        asyncio.run(set_password(arguments.name, getattr(arguments, "role", None)))
+        role = "admin" if arguments.admin else "user"
+        asyncio.run(set_password(arguments.name, role if arguments.command == "create-user" else None))
     else:
         serve(arguments.reload)
 
