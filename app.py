@@ -111,9 +111,12 @@ T = TypeVar("T")
 # with one line that names the variable, because a server that guesses is found out later.
 
 RateLimit = Annotated[Any, AfterValidator(limits.parse)]
-Networks = Annotated[
-    str, AfterValidator(lambda text: [str(ipaddress.ip_network(each)) for each in text.split(",") if each])
-]
+Proxies = Annotated[str, AfterValidator(lambda text: text if text == "*" else networks(text))]
+
+
+def networks(text: str) -> str:
+    """Addresses and networks, with commas. Errors: ValueError, because a typo here would merge all callers into one."""
+    return ",".join(str(ipaddress.ip_network(each.strip())) for each in text.split(",") if each.strip())
 
 
 class Settings(BaseSettings):
@@ -140,7 +143,7 @@ class Settings(BaseSettings):
     rate_limit_read: RateLimit = "600/minute"
     rate_limit_write: RateLimit = "300/minute"
     max_body_kib: int = pydantic.Field(default=64, ge=1, le=65536)
-    trusted_proxies: Networks = ""
+    trusted_proxies: Proxies = ""
     docs: Literal["on", "off"] = "on"
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -799,7 +802,8 @@ class Reply:
     """What a route needs to write headers: ETag, Link, Location."""
 
     def __init__(self, request: Request, response: Response) -> None:
-        self.request, self.headers = request, response.headers
+        self.request, self.headers, self.prefix = request, response.headers, request.scope["root_path"]
+        self.path = self.prefix + request.scope["path"].removeprefix(self.prefix)
 
     def tag(self, etag: str) -> None:
         """Set the ETag; If-None-Match compares weakly. Errors: 304. Ref: RFC 9110 §13.1.2."""
@@ -816,7 +820,7 @@ class Reply:
         pages = max(1, ceil(total / query.page_size))
         places = {"first": 1, "prev": min(query.page - 1, pages), "next": query.page + 1, "last": pages}
         kept = [pair for pair in self.request.query_params.multi_items() if pair[0] != "page"]
-        url = f"{self.request.url.path}?{urlencode([*kept, ('page', '')])}"
+        url = f"{self.path}?{urlencode([*kept, ('page', '')])}"
         self.headers["Link"] = ", ".join(f'<{url}{n}>; rel="{rel}"' for rel, n in places.items() if 1 <= n <= pages)
         return Page(data=data, meta=PageMeta(page=query.page, page_size=query.page_size, total=total, pages=pages))
 
@@ -1401,6 +1405,9 @@ class TokenIssuer:
         if not user.is_active:
             raise ApiError(403, "account_disabled", "This account is disabled.")
         async with database.write() as db:
+            unchanged = (users.c.id == user.id) & (users.c.password_hash == user.password_hash)
+            if await db.scalar(sa.select(users.c.id).where(unchanged)) is None:
+                raise unauthorized("invalid_credentials", "The password has just changed.")
             return await self.start(db, user.id)
 
 
@@ -1554,7 +1561,10 @@ async def update_account(body: UserUpdate, user: CurrentUser, issuer: Issuer) ->
     async with database.write() as db:
         await db.execute(sa.delete(sessions).where(others))
         changed = sa.update(users).where(users.c.id == user.id).values(id=user.id, **values).returning(users)
-        return UserPublic(**(await db.execute(changed)).one()._mapping)
+        row = (await db.execute(changed)).one_or_none()
+    if row is None:
+        raise unauthorized()
+    return UserPublic(**row._mapping)
 
 
 @account.delete("", status_code=204)
@@ -1615,7 +1625,7 @@ async def list_tasks(user: CurrentUser, query: Annotated[TaskQuery, Query()], re
     Ref: RFC 8288; RFC 9110 §13.1.2
     """
     if query.overdue is None:
-        digest = hashlib.sha256(f"{VERSION} {user.id} {reply.request.url}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{VERSION} {user.id} {reply.path}?{reply.request.query_params}".encode()).hexdigest()
         reply.tag(f'W/"{user.seq}-{digest[:16]}"')
     return await reply.page(query, TaskPublic, filtered(query).where(tasks.c.owner_id == user.id))
 
@@ -1628,8 +1638,7 @@ async def create_task(user: CurrentUser, body: TaskCreate, reply: Answering) -> 
     """
     async with changing(user.id) as transaction:
         task = await transaction.save(None, body.values())
-    path = f"{reply.request.scope['root_path']}{API}/tasks/{task.id}"
-    reply.headers.update({"Location": path, "ETag": f'"{task.version}"'})
+    reply.headers.update({"Location": f"{reply.path}/{task.id}", "ETag": f'"{task.version}"'})
     return task
 
 
