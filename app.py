@@ -83,10 +83,9 @@ import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response, WebSocket, params
 from fastapi.dependencies.utils import get_flat_params
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
-from fastapi.sse import EventSourceResponse, ServerSentEvent
 from fastapi_offline import FastAPIOffline
 from pydantic import MISSING, AfterValidator, BeforeValidator, SecretStr, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -937,12 +936,13 @@ def router(prefix: str, tag: str) -> APIRouter:
 
 RING_SIZE = 256
 BATCH = 500
+IDLE_SECONDS = 15.0
 POLL_SECONDS = 2.0
 """How late a stream notices another process's changes, a logout or a disabled account."""
 
 
 class Change(NamedTuple):
-    """What a stream sends: a change of one task, or without a text nothing, when a purge only moved the seq."""
+    """What a stream sends: a change of one task. Without a text it only moves the cursor (a purge)."""
 
     seq: int
     kind: str
@@ -1036,15 +1036,18 @@ class Stream:
         return [change_of(task, "updated") for task in marks.tasks] or [Change(marks.seq, "purged", "")]
 
     async def changes(self) -> AsyncIterator[Change]:
-        """Everything after the cursor, in seq order, none twice, until closed."""
+        """Everything after the cursor, in seq order, none twice, until closed; without a text when nothing happens."""
         while not self.closing[0]:
             self.wake.clear()
             for change in await self.missed():
                 self.cursor = change.seq
-                if change.text:
-                    yield change
+                yield change
             if self.cursor >= feeds[self.user_id].last:
-                await self.wake.wait()
+                try:
+                    async with asyncio.timeout(IDLE_SECONDS):
+                        await self.wake.wait()
+                except TimeoutError:
+                    yield Change(self.cursor, "idle", "")
 
 
 @contextlib.asynccontextmanager
@@ -1251,11 +1254,11 @@ class Gateway:
         """Run one request: a write to its end even if cancelled, a failure into an error with the request's id."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        exchange = Exchange(scope, send)
+        exchange = Exchange(scope, receive, send)
         try:
             run = self.app(exchange.scope, receive, exchange.send)
             await (run if exchange.method in ("GET", "HEAD", "WEBSOCKET") else shielded(run))
-        except (SlowClient, WebSocketDisconnect):
+        except WebSocketDisconnect:
             log.debug("%s the client is gone", exchange.request_id)
         except Exception as error:
             log.exception("%s failed", exchange.request_id)
@@ -1268,8 +1271,9 @@ class Gateway:
 class Exchange:
     """One request or socket as the Gateway sees it: id, status, time, and a `send` that completes the answer."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.method, self.path, self.raw_send = scope.get("method", "WEBSOCKET"), scope["path"], send
+        self.transport = getattr(getattr(receive, "__self__", None), "transport", None)
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         self.request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else secrets.token_hex(8)
         self.state = {**scope.get("state", {}), "request_id": self.request_id, "user": None, "headers": {}}
@@ -1292,10 +1296,11 @@ class Exchange:
             async with asyncio.timeout(SEND_SECONDS):
                 await self.raw_send(message)
         except TimeoutError:
-            # ASGI has no word for it: only the transport can drop what such a peer never takes.
-            if message["type"] != "websocket.send" and hasattr(self.raw_send, "__self__"):
-                self.raw_send.__self__.transport.abort()
-            raise SlowClient from None
+            if message["type"] == "websocket.send":
+                raise SlowClient from None
+            # ASGI has no word for it: only the server's transport can drop what such a peer never takes.
+            if self.transport is not None:
+                self.transport.abort()
 
     def log(self) -> None:
         """One line. The path is percent-encoded, so that it cannot forge another line, and has no query."""
@@ -1681,8 +1686,16 @@ async def event_stream(
         yield stream
 
 
-@todo.get("/events", response_class=EventSourceResponse)
-async def stream_events(stream: Annotated[Stream, Depends(event_stream)]) -> AsyncIterator[ServerSentEvent]:
+async def event_lines(stream: Stream) -> AsyncIterator[str]:
+    """The stream as `text/event-stream`. Ref: HTML Living Standard §9.2.5."""
+    # An id without data dispatches nothing, but from now on a browser knows where to resume.
+    yield f": connected\nid: {stream.cursor}\n\n"
+    async for seq, kind, text in stream.changes():
+        yield f"event: {kind}\ndata: {text}\nid: {seq}\n\n" if text else ": nothing new\n\n"
+
+
+@todo.get("/events", response_class=StreamingResponse)
+async def stream_events(stream: Annotated[Stream, Depends(event_stream)]) -> StreamingResponse:
     """Server-Sent Events: `created`, `updated`, `deleted`, each with its seq as id. Try `curl -N`.
 
     `Last-Event-ID` or `since` resumes; without either it starts now. A comment comes every 15 s.
@@ -1691,10 +1704,8 @@ async def stream_events(stream: Annotated[Stream, Depends(event_stream)]) -> Asy
     Limit: read
     Ref: HTML Living Standard §9.2
     """
-    # An id without data dispatches nothing, but from now on a browser knows where to resume.
-    yield ServerSentEvent(comment="connected", id=str(stream.cursor))
-    async for change in stream.changes():
-        yield ServerSentEvent(event=change.kind, raw_data=change.text, id=str(change.seq))
+    unbuffered = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(event_lines(stream), headers=unbuffered, media_type="text/event-stream")
 
 
 @todo.get("/statistics")
@@ -1872,7 +1883,8 @@ async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = No
             peer = asyncio.create_task(watch_peer(socket, stream))
             await socket.send_text(f'{{"type":"hello","seq":{stream.cursor}}}')
             async for change in stream.changes():
-                await socket.send_text(change.text)
+                if change.text:
+                    await socket.send_text(change.text)
             peer.cancel()
             await socket.close(*stream.closing)
     except SOCKET_ERRORS as error:
