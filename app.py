@@ -109,13 +109,18 @@ T = TypeVar("T")
 # The environment decides, and a .env file is the same thing on disk. A wrong value stops the start
 # with one line that names the variable, because a server that guesses is found out later.
 
-RateLimit = Annotated[Any, AfterValidator(limits.parse)]
-Proxies = Annotated[str, AfterValidator(lambda text: text if text == "*" else networks(text))]
-
 
 def networks(text: str) -> str:
-    """Addresses and networks, with commas. Errors: ValueError, because a typo here would merge all callers into one."""
-    return ",".join(str(ipaddress.ip_network(each.strip())) for each in text.split(",") if each.strip())
+    """Addresses and networks, or `*`. Errors: ValueError, because a typo here would merge all callers into one."""
+    return (
+        text
+        if text == "*"
+        else ",".join(str(ipaddress.ip_network(each.strip())) for each in text.split(",") if each.strip())
+    )
+
+
+RateLimit = Annotated[Any, AfterValidator(limits.parse)]
+Proxies = Annotated[str, AfterValidator(networks)]
 
 
 class Settings(BaseSettings):
@@ -379,13 +384,12 @@ public_task = [tasks.c[name] for name in TaskPublic.model_fields]
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d:\d\d)?)?", re.I | re.ASCII)
 LEET = str.maketrans("@013457$", "aoleasts")
-COMMON_PASSWORDS = """
-a aa abc abcd abcdefgh access admin administrator asdf asdfasdf asdfghjk asdfghjkl azertyuiop baseball basketball
-butterfly changeme charlie chocolate computer default dragon football freedom hello helloworld iloveyou internet
-jennifer jordan killer letmein liverpool login lovelove master michael michelle monkey mypassword mustang onefile pass
-passpass passwd password pokemon princess qazwsx qazwsxedc qweasd qweasdzxc qwer qwerasdf qwert qwerty qwertyui
-qwertyuiop samsung secret shadow soccer spiderman starwars sunshine superman test testing testtest trustno welcome
-whatever zxcvbn zxcvbnm 1q2w3e4r 1q2w3e4r5t 1qaz2wsx 1qaz2wsx3edc 1qazxsw2 q1w2e3r4 q1w2e3r4t5 zaq12wsx"""
+COMMON_PASSWORDS = """a aa abc abcd abcdefgh access admin administrator asdf asdfasdf asdfghjk asdfghjkl azertyuiop
+baseball basketball butterfly changeme charlie chocolate computer default dragon football freedom hello helloworld
+iloveyou internet jennifer jordan killer letmein liverpool login lovelove master michael michelle monkey mypassword
+mustang onefile pass passpass passwd password pokemon princess qazwsx qazwsxedc qweasd qweasdzxc qwer qwerasdf qwert
+qwerty qwertyui qwertyuiop samsung secret shadow soccer spiderman starwars sunshine superman test testing testtest
+trustno welcome whatever zxcvbn zxcvbnm 1q2w3e4r 1q2w3e4r5t 1qaz2wsx 1qaz2wsx3edc 1qazxsw2 q1w2e3r4 zaq12wsx"""
 
 
 def storable(text: str) -> str:
@@ -771,7 +775,16 @@ async def admin_user(user: CurrentUser) -> Row:
 
 
 AdminUser = Annotated[Row, Depends(admin_user)]
-Id = Annotated[int, params.Path(ge=1, le=MAX_ID)]
+
+
+def whole_number(text: str) -> str:
+    """One spelling for each id: int() also reads +7, 1_0 and 7.0. Errors: ValueError."""
+    if not re.fullmatch(r"[1-9][0-9]{0,18}", text):
+        raise ValueError("must be a positive 64-bit integer")
+    return text
+
+
+Id = Annotated[int, BeforeValidator(whole_number), params.Path(le=MAX_ID)]
 
 
 async def find_task(db: AsyncConnection, task_id: int, owner_id: int, trashed: bool = False) -> TaskPublic:
@@ -832,7 +845,7 @@ Answering = Annotated[Reply, Depends()]
 # included router. So one route class asks SlowAPI's limiter itself, before the body is read: no broken
 # body and no spelling of a path escapes the count, and section 10 writes the result on every answer.
 
-limiter = Limiter(lambda request: address_key(client_address(request.scope)), strategy="moving-window")
+limiter = Limiter(lambda request: bucket_key(request.scope, None), strategy="moving-window")
 
 
 def client_address(scope: Scope) -> str:
@@ -850,26 +863,35 @@ def address_key(address: str) -> str:
     return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
 
 
-def rate_limited(reset: float) -> ApiError:
+def bucket_key(scope: Scope, user: Row | None) -> str:
+    """Whose bucket a request counts against: its user's, or its address's when anonymous."""
+    return f"user {user.id}" if user else address_key(client_address(scope))
+
+
+def window(name: str, key: str) -> tuple[int, dict[str, str]]:
+    """How many are left of a limit, and its headers; Reset is in Unix seconds."""
+    limit: limits.RateLimitItem = getattr(settings, f"rate_limit_{name}")
+    reset, remaining = limiter.limiter.get_window_stats(limit, name, key)
+    figures = {"Limit": limit.amount, "Remaining": max(0, remaining), "Reset": ceil(reset)}
+    return remaining, {f"X-RateLimit-{part}": str(figure) for part, figure in figures.items()}
+
+
+def rate_limited(name: str, key: str) -> ApiError:
     """429. Ref: RFC 6585 §4."""
-    seconds = max(1, ceil(reset - time.time()))
-    return ApiError(429, "rate_limited", f"Too many requests. Try again in {seconds} s.", {"Retry-After": str(seconds)})
+    headers = window(name, key)[1]
+    seconds = max(1, int(headers["X-RateLimit-Reset"]) - int(time.time()))
+    headers |= {"Retry-After": str(seconds)}
+    return ApiError(429, "rate_limited", f"Too many requests. Try again in {seconds} s.", headers)
 
 
 def enforce(scope: Scope, buckets: dict[str, str]) -> None:
     """Count against each limit: key, and leave the tightest for the answer's headers. Errors: 429."""
     if settings.rate_limits == "off" or "none" in buckets:
         return
-    tightest = sys.maxsize
     for name, key in buckets.items():
-        limit = getattr(settings, f"rate_limit_{name}")
-        allowed = limiter.limiter.hit(limit, name, key)
-        reset, remaining = limiter.limiter.get_window_stats(limit, name, key)
-        if remaining < tightest:
-            tightest, figures = remaining, {"Limit": limit.amount, "Remaining": remaining, "Reset": ceil(reset)}
-            scope["state"]["headers"] = {f"X-RateLimit-{part}": str(figure) for part, figure in figures.items()}
-        if not allowed:
-            raise rate_limited(reset)
+        if not limiter.limiter.hit(getattr(settings, f"rate_limit_{name}"), name, key):
+            raise rate_limited(name, key)
+    scope["state"]["headers"] = min((window(*bucket) for bucket in buckets.items()), key=lambda found: found[0])[1]
 
 
 def check_media_type(request: Request, is_form: bool) -> None:
@@ -880,21 +902,6 @@ def check_media_type(request: Request, is_form: bool) -> None:
     if has_body and not re.fullmatch(wanted, media_type):
         hint = "a form: curl -d" if is_form else "JSON: curl --json, or Content-Type: application/json"
         raise ApiError(415, "unsupported_media_type", f"Send {hint}.")
-
-
-def limited_body(request: Request, max_bytes: int) -> Receive:
-    """Receive, until more than max_bytes have arrived. Errors: 413. Ref: RFC 9110 §15.5.14."""
-    arrived = 0
-
-    async def receive() -> Message:
-        nonlocal arrived
-        message = await request.receive()
-        arrived += len(message.get("body", b""))
-        if arrived > max_bytes:
-            raise ApiError(413, "body_too_large", f"The body is larger than {max_bytes:,} bytes.")
-        return message
-
-    return receive
 
 
 class Route(APIRoute):
@@ -912,14 +919,13 @@ class Route(APIRoute):
 
         async def guarded(request: Request) -> Response:
             user = request.state.user = await authenticate(request.headers.get("authorization"))
-            address = address_key(client_address(request.scope))
-            counts = {extra: address} if extra else {}
-            enforce(request.scope, counts | {bucket: f"user {user.id}" if user else address})
+            counts = {extra: bucket_key(request.scope, None)} if extra else {}
+            enforce(request.scope, counts | {bucket: bucket_key(request.scope, user)})
             if not request.query_params.keys() <= known:
                 raise invalid(("query", f"has an unknown parameter; known are: {', '.join(sorted(known)) or 'none'}"))
             if body is not None:
                 check_media_type(request, isinstance(body.field_info, params.Form))
-            return await handle(Request(request.scope, limited_body(request, settings.max_body_kib * 1024)))
+            return await handle(request)
 
         return guarded
 
@@ -1001,10 +1007,6 @@ class Feed:
         for stream in self.streams:
             stream.wake.set()
 
-    def reaches_back_to(self, seq: int) -> bool:
-        """Whether the ring holds everything after `seq`."""
-        return seq >= (self.ring[0].seq - 1 if self.ring else self.last)
-
 
 feeds: dict[int, Feed] = {}
 
@@ -1025,8 +1027,8 @@ class Stream:
     async def missed(self) -> list[Change]:
         """What was not sent yet: from the ring, or for a replay and after a gap from the database."""
         feed = feeds[self.user_id]
-        in_ring = self.cursor >= self.replay_until and feed.reaches_back_to(self.cursor)
-        if in_ring and not self.stale:
+        first = max(self.replay_until, feed.ring[0].seq - 1 if feed.ring else feed.last)
+        if self.cursor >= first and not self.stale:
             return [change for change in feed.ring if change.seq > self.cursor]
         marks = await shielded(changes_after(self.user_id, self.cursor))
         feed.observe(marks.seq)
@@ -1109,7 +1111,8 @@ class Transaction:
         old = (tasks.c.owner_id == self.user_id) & (tasks.c.deleted_at <= until)
         highest = await self.db.scalar(sa.select(sa.func.max(tasks.c.version)).where(old))
         if highest is not None:
-            await self.db.execute(sa.update(users).where(users.c.id == self.user_id).values(purged_seq=highest))
+            behind = (users.c.id == self.user_id) & (users.c.purged_seq < highest)
+            await self.db.execute(sa.update(users).where(behind).values(purged_seq=highest))
         return (await self.db.execute(sa.delete(tasks).where(old))).rowcount
 
 
@@ -1159,12 +1162,15 @@ def load_secret(path: Path) -> SecretStr:
     Errors: SystemExit
     """
     key = settings.secret_key.get_secret_value()
-    if key and (len(key.encode()) < 32 or len(set(key)) < 8 or PLACEHOLDER.search(key)):
-        raise SystemExit("SECRET_KEY: must be 32 random bytes or more; leave it empty to have one generated")
     if not key and not path.exists():
-        with open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+        new = path.with_suffix(".new")
+        with open(os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
             file.write(new_token())
-    return SecretStr(key or path.read_text())
+        new.replace(path)
+    key = key or path.read_text(errors="replace").strip()
+    if len(key.encode()) < 32 or len(set(key)) < 8 or PLACEHOLDER.search(key):
+        raise SystemExit(f"SECRET_KEY: must be 32 random bytes or more; leave it empty to have one generated in {path}")
+    return SecretStr(key)
 
 
 def new_user(name: str, password: str, role: str, email: str | None = None) -> dict[str, Any]:
@@ -1180,14 +1186,14 @@ async def open_database() -> None:
     password = valid_or_exit(lambda: a_password.validate_python(given or new_token()), "ADMIN_PASSWORD")
     try:
         database.open(settings.data_dir)
-    except OSError as error:
-        raise SystemExit(f"DATA_DIR: {error}") from None
-    async with database.write() as db:
-        await db.run_sync(SQLModel.metadata.create_all)
-        settings.secret_key = load_secret(settings.data_dir / "secret_key")
-        first_start = await db.scalar(sa.select(sa.func.count()).select_from(users)) == 0
-        if first_start:
-            await db.execute(sa.insert(users).values(new_user(name, password, "admin")))
+        async with database.write() as db:
+            await db.run_sync(SQLModel.metadata.create_all)
+            settings.secret_key = load_secret(settings.data_dir / "secret_key")
+            first_start = await db.scalar(sa.select(sa.func.count()).select_from(users)) == 0
+            if first_start:
+                await db.execute(sa.insert(users).values(new_user(name, password, "admin")))
+    except (OSError, sa.exc.DatabaseError) as error:
+        raise SystemExit(f"DATA_DIR: {getattr(error, 'orig', error)}") from None
     if first_start and not given:
         print(f"  Admin      {name}, password {password}   (shown only now)", flush=True)  # noqa: T201
 
@@ -1228,6 +1234,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     log.handlers[0].setFormatter(LogFormatter())
     log.setLevel(settings.log_level.upper())
     logging.getLogger("uvicorn.access").disabled = True  # It prints query strings; ours takes its place.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "UTF-8" not in record.getMessage())  # A peer's fault.
     await open_database()
     print(f"  Data       {settings.data_dir.resolve() / 'tasks.db'}", flush=True)  # noqa: T201
     work = {POLL_SECONDS: look_around, CLEANUP_SECONDS: clean_up}
@@ -1256,14 +1263,15 @@ class Gateway:
             return await self.app(scope, receive, send)
         exchange = Exchange(scope, receive, send)
         try:
-            run = self.app(exchange.scope, receive, exchange.send)
+            run = self.app(exchange.scope, exchange.receive, exchange.send)
             await (run if exchange.method in ("GET", "HEAD", "WEBSOCKET") else shielded(run))
         except WebSocketDisconnect:
             log.debug("%s the client is gone", exchange.request_id)
+        except asyncio.CancelledError:
+            await exchange.fail(ApiError(503, "server_stopping", "The server is stopping.", {"Retry-After": "5"}))
         except Exception as error:
             log.exception("%s failed", exchange.request_id)
-            if exchange.status == 0 and scope["type"] == "http":
-                await explain(error).response(exchange.request_id)(scope, receive, exchange.send)
+            await exchange.fail(explain(error))
         finally:
             exchange.log()
 
@@ -1273,34 +1281,51 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.method, self.path, self.raw_send = scope.get("method", "WEBSOCKET"), scope["path"], send
-        self.transport = getattr(getattr(receive, "__self__", None), "transport", None)
+        self.raw_receive, self.transport = receive, getattr(getattr(receive, "__self__", None), "transport", None)
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         self.request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else secrets.token_hex(8)
         self.state = {**scope.get("state", {}), "request_id": self.request_id, "user": None, "headers": {}}
-        self.scope = {**scope, "state": self.state, "path": self.path.removesuffix("/") or "/"}
+        root = settings.root_path or scope.get("root_path", "")
+        path = self.path.removesuffix("/") or "/"
+        self.scope = {**scope, "state": self.state, "root_path": root, "path": root + path.removeprefix(root)}
         self.scope |= {"method": "GET"} if self.method == "HEAD" else {}
-        self.scope |= {"root_path": settings.root_path} if settings.root_path else {}
-        self.began, self.status, self.complete = time.perf_counter(), 0, False
+        self.began, self.arrived_bytes, self.status, self.complete = time.perf_counter(), 0, 0, False
+
+    async def receive(self) -> Message:
+        """Measure a body as it arrives. Errors: 413. Ref: RFC 9110 §15.5.14."""
+        message = await self.raw_receive()
+        self.arrived_bytes += len(message.get("body", b""))
+        if self.arrived_bytes > settings.max_body_kib * 1024:
+            raise ApiError(413, "body_too_large", f"The body is larger than {settings.max_body_kib} KiB.")
+        return message
 
     async def send(self, message: Message) -> None:
         """Put id and limits on the head, end a HEAD without its body, give up on a peer that does not read."""
-        self.status = message.get("status") or message.get("code") or self.status
-        if message["type"] == "http.response.start":
-            MutableHeaders(scope=message).update({"X-Request-ID": self.request_id} | self.state["headers"])
-        elif self.method == "HEAD":
-            message = {"type": "http.response.body"}
-            if self.complete:
-                return
-            self.complete = True
+        if self.complete:
+            return
+        self.status = message.get("status") or message.get("code") or self.status or 101
+        if message["type"] in ("http.response.start", "websocket.accept"):
+            for name, value in {"X-Request-ID": self.request_id, **self.state["headers"]}.items():
+                MutableHeaders(scope=message).setdefault(name, value)
+        elif message["type"] == "http.response.body":
+            message = {"type": message["type"]} if self.method == "HEAD" else message
+            self.complete = not message.get("more_body")
         try:
             async with asyncio.timeout(SEND_SECONDS):
                 await self.raw_send(message)
+                while self.complete and self.transport and self.transport.get_write_buffer_size():  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
         except TimeoutError:
             if message["type"] == "websocket.send":
                 raise SlowClient from None
             # ASGI has no word for it: only the server's transport can drop what such a peer never takes.
             if self.transport is not None:
                 self.transport.abort()
+
+    async def fail(self, error: ApiError) -> None:
+        """Answer with an error, unless the answer has begun."""
+        if self.status == 0 and self.method != "WEBSOCKET":
+            await error.response(self.request_id)(self.scope, self.receive, self.send)
 
     def log(self) -> None:
         """One line. The path is percent-encoded, so that it cannot forge another line, and has no query."""
@@ -1323,12 +1348,13 @@ def explain(error: Exception) -> ApiError:
     if isinstance(error, sa.exc.OperationalError | sa.exc.TimeoutError):
         return ApiError(503, "database_unavailable", "The database does not answer; try again.", {"Retry-After": "5"})
     known = {
-        400: ApiError(400, "invalid_json", "The body cannot be read."),
-        404: ApiError(404, "not_found", "No such path. All of them stand in /docs."),
-        405: ApiError(405, "method_not_allowed", "This path has other methods: see Allow."),
+        400: ("invalid_json", "The body cannot be read."),
+        404: ("not_found", "No such path. All of them stand in /docs."),
+        405: ("method_not_allowed", "This path has other methods: see Allow."),
+        500: ("internal_error", "Something failed here; the log knows more by this request_id."),
     }
-    failed = ApiError(500, "internal_error", "Something failed here; the log knows more by this request_id.")
-    return known.get(getattr(error, "status_code", 500), failed)
+    status = getattr(error, "status_code", 500)
+    return ApiError(status, *known[status])
 
 
 async def on_error(request: Request, error: Exception) -> Response:
@@ -1356,7 +1382,8 @@ app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxie
 
 # ── 11 Routes ───────────────────────────────────────────────────────────────────────────────────
 # One router a resource. A docstring is the route's description in /docs. Errors that any route can give
-# (400, 401, 413, 415, 422, 429, 500, 503) stand once in the README; a docstring adds its own.
+# (400, 401, 413, 415, 422, 429, 500, 503) stand once in the README; a docstring adds its own. A GET counts
+# against RATE_LIMIT_READ, the rest against RATE_LIMIT_WRITE; a docstring names what counts besides.
 
 auth = router(f"{API}/auth", "auth")
 
@@ -1368,38 +1395,41 @@ class TokenIssuer:
         self.address, self.agent = client_address(request.scope), request.headers.get("user-agent", "")[:200]
         response.headers["Cache-Control"] = "no-store"  # RFC 6749 §5.1
 
-    def use(self, created_at: datetime) -> dict[str, Any]:
-        """What using a session changes: it lives REFRESH_TOKEN_DAYS from its last use, 180 days in all."""
-        expires_at = min(now() + timedelta(days=settings.refresh_token_days), created_at + timedelta(days=SESSION_DAYS))
-        return {"address": self.address, "user_agent": self.agent, "last_used_at": now(), "expires_at": expires_at}
+    async def issue(self, db: AsyncConnection, user_id: int, session: Row | None = None) -> TokenPair:
+        """The first tokens of a new session, or the next ones of a session; only the refresh token's hash is kept.
 
-    async def start(self, db: AsyncConnection, user_id: int) -> TokenPair:
-        """A new session with its first tokens."""
-        values = {"user_id": user_id, "created_at": now()} | self.use(now())
-        session_id: int = (await db.execute(sa.insert(sessions).values(values).returning(sessions.c.id))).scalar_one()
-        return await self.issue(db, user_id, session_id, values["expires_at"])
+        A session lives REFRESH_TOKEN_DAYS from its last use, and 180 days in all.
+        """
+        moment, token = now(), new_token()
+        created_at = session.session_created_at if session else moment
+        idle_until = moment + timedelta(days=settings.refresh_token_days)
+        expiry = {"expires_at": min(idle_until, created_at + timedelta(days=SESSION_DAYS))}
+        values = {"address": self.address, "user_agent": self.agent, "last_used_at": moment, "created_at": created_at}
+        written: Any = (
+            sa.update(sessions).where(sessions.c.id == session.session_id) if session else sa.insert(sessions)
+        )
+        row = await db.execute(written.values(user_id=user_id, **values, **expiry).returning(sessions.c.id))
+        session_id = row.scalar_one()
+        await db.execute(
+            sa.insert(refresh_tokens).values(session_id=session_id, token_hash=token_hash(token), **expiry)
+        )
+        access_token, seconds = encode_access_token(user_id, session_id), settings.access_token_minutes * 60
+        return TokenPair(access_token=access_token, refresh_token=token, expires_in=seconds)
 
-    async def issue(self, db: AsyncConnection, user_id: int, session_id: int, expires_at: Any) -> TokenPair:
-        """An access token, and a refresh token of which only the hash is kept."""
-        token, seconds = new_token(), settings.access_token_minutes * 60
-        values = {"session_id": session_id, "token_hash": token_hash(token), "expires_at": expires_at}
-        await db.execute(sa.insert(refresh_tokens).values(values))
-        return TokenPair(access_token=encode_access_token(user_id, session_id), refresh_token=token, expires_in=seconds)
-
-    async def verify(self, name: str, password: str) -> Row | None:
+    async def verify(self, name: str, password: str, session_id: int | None = None) -> Row | None:
         """The user of that name, if the password is theirs; an unknown name costs the same time. Errors: 429.
 
-        Failures are not counted from an address that is logged in to the account, so that a stranger
-        who exhausts the count locks nobody out.
+        Failures count against the account, or against the session that asks; but not from an address
+        that is logged in to the account, so that a stranger who exhausts the count locks nobody out.
         """
         key = folded(name)[:200]
         user = next(iter(await fetch(sa.select(users).where(users.c.username_key == key))), None)
         here = sa.select(sessions.c.address).where(
             sessions.c.user_id == (user and user.id), sessions.c.expires_at > now()
         )
-        strange = address_key(self.address) not in {address_key(row.address) for row in await fetch(here)}
-        counted = strange and settings.rate_limits == "on"
-        matches = await in_worker(try_password, key, counted, password, user and user.password_hash)
+        known = address_key(self.address) in {address_key(row.address) for row in await fetch(here)}
+        counted = None if known or settings.rate_limits == "off" else f"session {session_id}" if session_id else key
+        matches = await in_worker(try_password, counted, password, user and user.password_hash)
         return user if matches else None
 
     async def log_in(self, name: str, password: str) -> TokenPair:
@@ -1413,7 +1443,7 @@ class TokenIssuer:
             unchanged = (users.c.id == user.id) & (users.c.password_hash == user.password_hash)
             if await db.scalar(sa.select(users.c.id).where(unchanged)) is None:
                 raise unauthorized("invalid_credentials", "The password has just changed.")
-            return await self.start(db, user.id)
+            return await self.issue(db, user.id)
 
 
 Issuer = Annotated[TokenIssuer, Depends()]
@@ -1424,14 +1454,14 @@ async def in_worker(function: Callable[..., T], *arguments: Any) -> T:
     return await asyncio.get_running_loop().run_in_executor(password_workers, function, *arguments)
 
 
-def try_password(account: str, counted: bool, password: str, password_hash: str | None) -> bool:
-    """Compare, and count a failure against the account. Nobody's password costs the same hash. Errors: 429."""
-    limit, window = settings.rate_limit_account, limiter.limiter
-    if counted and not window.test(limit, "account", account):
-        raise rate_limited(window.get_window_stats(limit, "account", account).reset_time)
+def try_password(account: str | None, password: str, password_hash: str | None) -> bool:
+    """Compare, and count a failure against an account. Nobody's password costs the same hash. Errors: 429."""
+    rate, spent = settings.rate_limit_account, limiter.limiter
+    if account and not spent.test(rate, "account", account):
+        raise rate_limited("account", account)
     matches = password_matches(password, password_hash) if password_hash else not hash_password(password)
-    if counted and not matches:
-        window.hit(limit, "account", account)
+    if account and not matches and not spent.hit(rate, "account", account):
+        raise rate_limited("account", account)
     return matches
 
 
@@ -1440,7 +1470,7 @@ async def register(body: Registration, issuer: Issuer) -> Registered:
     """Create an account and log in.
 
     Errors: 403 registration_closed; 409 username_taken
-    Limit: register per address; write
+    Limit: register per address
     """
     if settings.registration == "closed":
         raise ApiError(403, "registration_closed", "Registration is closed here. Ask the admin for an account.")
@@ -1448,7 +1478,7 @@ async def register(body: Registration, issuer: Issuer) -> Registered:
     try:
         async with database.write() as db:
             user = (await db.execute(sa.insert(users).values(columns).returning(users))).one()
-            tokens = await issuer.start(db, user.id)
+            tokens = await issuer.issue(db, user.id)
     except sa.exc.IntegrityError:
         raise ApiError(409, "username_taken", "This username is taken.") from None
     return Registered(**tokens.model_dump(), user=UserPublic(**user._mapping))
@@ -1459,7 +1489,7 @@ async def log_in(body: Credentials, issuer: Issuer) -> TokenPair:
     """Exchange a username and a password for tokens.
 
     Errors: 401 invalid_credentials; 403 account_disabled
-    Limit: login per address; account, failures only; write
+    Limit: login per address; account, failures only
     """
     return await issuer.log_in(body.username, body.password)
 
@@ -1469,7 +1499,7 @@ async def log_in_by_form(form: Annotated[OAuth2PasswordRequestForm, Depends()], 
     """The same as an OAuth 2 password form, for the Authorize button of /docs.
 
     Errors: 401 invalid_credentials; 403 account_disabled
-    Limit: login per address; account, failures only; write
+    Limit: login per address; account, failures only
     Ref: RFC 6749 §4.3
     """
     return await issuer.log_in(form.username, form.password)
@@ -1483,24 +1513,25 @@ async def refresh(body: RefreshRequest, issuer: Issuer) -> TokenPair:
     second of its use while the successor is still unused, which is a second tab and no thief.
 
     Errors: 401 invalid_refresh_token
-    Limit: refresh per address; write
+    Limit: refresh per address
     Ref: RFC 9700 §4.14.2
     """
-    column, this, used = refresh_tokens.c, refresh_tokens.c.token_hash == token_hash(body.refresh_token), now()
-    rotated = sa.update(refresh_tokens).where(this, column.used_at.is_(None), column.expires_at > used)
-    later = refresh_tokens.alias()
-    successor = (later.c.session_id == column.session_id) & (later.c.id > column.id) & later.c.used_at.is_not(None)
-    stolen = this & (
-        (column.used_at < used - timedelta(seconds=1)) | (column.used_at.is_not(None) & sa.exists().where(successor))
+    column, moment = refresh_tokens.c, now()
+    this, later = column.token_hash == token_hash(body.refresh_token), refresh_tokens.alias()
+    fresh = this & column.used_at.is_(None) & (column.expires_at > moment)
+    successor = (later.c.session_id == column.session_id) & (later.c.id > column.id)
+    replayed = (column.used_at < moment - timedelta(seconds=1)) | sa.exists().where(
+        successor, later.c.used_at.is_not(None)
     )
+    use = sa.update(refresh_tokens).where(fresh).values(used_at=moment).returning(column.session_id)
     async with database.write() as db:
-        session_id = await db.scalar(rotated.values(used_at=used).returning(column.session_id))
+        session_id = await db.scalar(use)
         session = (await db.execute(principals.where(sessions.c.id == session_id, alive()))).one_or_none()
         if session is not None:
-            values = issuer.use(session.session_created_at)
-            await db.execute(sa.update(sessions).where(sessions.c.id == session_id).values(values))
-            return await issuer.issue(db, session.id, session.session_id, values["expires_at"])
-        await db.execute(sa.delete(sessions).where(sessions.c.id.in_(sa.select(column.session_id).where(stolen))))
+            return await issuer.issue(db, session.id, session)
+        await db.execute(
+            sa.delete(sessions).where(sessions.c.id.in_(sa.select(column.session_id).where(this, replayed)))
+        )
     raise unauthorized("invalid_refresh_token", "This refresh token is not valid.")
 
 
@@ -1555,11 +1586,11 @@ async def update_account(body: UserUpdate, user: CurrentUser, issuer: Issuer) ->
     """Change e-mail or password; a new password needs `current_password` and ends the other sessions.
 
     Errors: 403 wrong_password
-    Limit: account, failures only; write
+    Limit: account, failures only
     """
     values, others = body.model_dump(include={"email"}), sa.false()
     if body.password is not MISSING and body.current_password is not MISSING:
-        if await issuer.verify(user.username, body.current_password) is None:
+        if await issuer.verify(user.username, body.current_password, user.session_id) is None:
             raise ApiError(403, "wrong_password", "current_password is wrong.")
         values["password_hash"] = await in_worker(hash_password, body.password)
         others = (sessions.c.user_id == user.id) & (sessions.c.id != user.session_id)
@@ -1626,7 +1657,6 @@ async def list_tasks(user: CurrentUser, query: Annotated[TaskQuery, Query()], re
     query. An answer that depends on the clock (`overdue`) carries none.
 
     Errors: 304 unchanged
-    Limit: read
     Ref: RFC 8288; RFC 9110 §13.1.2
     """
     if query.overdue is None:
@@ -1637,10 +1667,7 @@ async def list_tasks(user: CurrentUser, query: Annotated[TaskQuery, Query()], re
 
 @todo.post("", status_code=201)
 async def create_task(user: CurrentUser, body: TaskCreate, reply: Answering) -> TaskPublic:
-    """Create a task. `Location` is its path, `ETag` its version.
-
-    Limit: write
-    """
+    """Create a task. `Location` is its path, `ETag` its version."""
     async with changing(user.id) as transaction:
         task = await transaction.save(None, body.values())
     reply.headers.update({"Location": f"{reply.path}/{task.id}", "ETag": f'"{task.version}"'})
@@ -1658,7 +1685,6 @@ async def list_changes(user: CurrentUser, since: Since = "0", limit: Limit = BAT
     Repeat with `next_since` while `has_more`, and then whenever you like. `since=0` is a full snapshot.
 
     Errors: 410 resync_required
-    Limit: read
     """
     # A snapshot of several pages passes seqs below purged_seq on its way up, and is not stale: its
     # cursors name the purge that it began after ("500~800"), and are good until the next one.
@@ -1701,7 +1727,6 @@ async def stream_events(stream: Annotated[Stream, Depends(event_stream)]) -> Str
     `Last-Event-ID` or `since` resumes; without either it starts now. A comment comes every 15 s.
 
     Errors: 410 resync_required
-    Limit: read
     Ref: HTML Living Standard §9.2
     """
     unbuffered = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -1710,10 +1735,7 @@ async def stream_events(stream: Annotated[Stream, Depends(event_stream)]) -> Str
 
 @todo.get("/statistics")
 async def read_statistics(user: CurrentUser) -> Statistics:
-    """Counts over the caller's tasks, the trash left out.
-
-    Limit: read
-    """
+    """Counts over the caller's tasks, the trash left out."""
     moment, column = now(), tasks.c
     terms = {name: column[kind] == name for kind, names in ORDER.items() for name in names}
     terms["overdue"] = ~column.completed & (column.due_date < moment)
@@ -1738,10 +1760,7 @@ async def read_statistics(user: CurrentUser) -> Statistics:
 
 @todo.delete("/trash", status_code=204)
 async def empty_trash(user: CurrentUser) -> None:
-    """Delete the caller's trash for good, now.
-
-    Limit: write
-    """
+    """Delete the caller's trash for good, now."""
     async with changing(user.id) as transaction:
         await transaction.purge(now())
 
@@ -1751,7 +1770,6 @@ async def read_task(task: OwnedTask, reply: Answering) -> TaskPublic:
     """One task.
 
     Errors: 304 unchanged; 404 absent or not yours
-    Limit: read
     """
     reply.tag(f'"{task.version}"')
     return task
@@ -1785,7 +1803,6 @@ async def replace_task(edit: Edit, body: TaskCreate) -> TaskPublic:
     """Replace a task: what is absent goes back to its default.
 
     Errors: 404 absent or not yours; 412 stale version
-    Limit: write
     Ref: RFC 9110 §13.1.1
     """
     return await edit.save(body.values())
@@ -1796,7 +1813,6 @@ async def update_task(edit: Edit, body: TaskUpdate) -> TaskPublic:
     """Merge into a task: what is absent stays, null clears.
 
     Errors: 404 absent or not yours; 412 stale version
-    Limit: write
     Ref: RFC 7396; RFC 9110 §13.1.1
     """
     return await edit.save(body.values())
@@ -1807,7 +1823,6 @@ async def trash_task(edit: Edit) -> None:
     """Move a task to the trash.
 
     Errors: 404 absent or not yours; 412 stale version
-    Limit: write
     """
     await edit.save({"deleted_at": now()})
 
@@ -1817,7 +1832,6 @@ async def restore_task(edit: Edit) -> TaskPublic:
     """Take a task out of the trash.
 
     Errors: 404 absent, not yours or not in the trash; 412 stale version
-    Limit: write
     """
     return await edit.save({"deleted_at": None}, trashed=True)
 
@@ -1836,7 +1850,6 @@ class Hello(Body):
 
 
 CLOSE_CODES: dict[type[Exception], tuple[int, str]] = {
-    ApiError: (4401, "the token is not valid"),
     TimeoutError: (4401, "no token came in time"),
     ValidationError: (1003, 'the first frame is {"token": "…", "since": 17}'),
     KeyError: (1003, "frames are text"),
@@ -1844,11 +1857,13 @@ CLOSE_CODES: dict[type[Exception], tuple[int, str]] = {
     RecursionError: (1007, "frames are JSON"),
     SlowClient: (1013, "the client did not read"),
 }
-SOCKET_ERRORS = tuple(CLOSE_CODES)
+SOCKET_ERRORS: tuple[type[Exception], ...] = (ApiError, *CLOSE_CODES)
 
 
 def close_code(error: Exception) -> tuple[int, str]:
     """Why a socket ends. Ref: RFC 6455 §7.4."""
+    if isinstance(error, ApiError):
+        return (1013 if error.status_code == 429 else 4401), error.detail
     return next(CLOSE_CODES[kind] for kind in type(error).__mro__ if kind in CLOSE_CODES)
 
 
@@ -1858,6 +1873,7 @@ async def meet(socket: WebSocket, since: int | None) -> tuple[Row, int | None]:
     async with asyncio.timeout(HELLO_SECONDS):
         hello = None if header else Hello.model_validate(await socket.receive_json())
     user = socket.state.user = await authenticate(f"Bearer {hello.token}" if hello else header)
+    enforce(socket.scope, {"read": bucket_key(socket.scope, user)})
     if user is None:
         raise unauthorized()
     return user, hello.since if hello else since
@@ -1899,7 +1915,6 @@ async def list_users(_admin: AdminUser, query: Annotated[PageQuery, Query()], re
     """Every account, oldest first.
 
     Errors: 403 admin_required
-    Limit: read
     """
     return await reply.page(query, UserPublic, sa.select(users).order_by(users.c.id))
 
@@ -1909,7 +1924,6 @@ async def read_user(user_id: Id, _admin: AdminUser) -> UserPublic:
     """One account.
 
     Errors: 403 admin_required; 404 absent
-    Limit: read
     """
     for row in await fetch(sa.select(users).where(users.c.id == user_id)):
         return UserPublic(**row._mapping)
@@ -1923,7 +1937,6 @@ async def list_all_tasks(
     """Every owner's tasks, with the filters of GET /tasks and `owner_id`.
 
     Errors: 403 admin_required
-    Limit: read
     """
     owner = [tasks.c.owner_id == query.owner_id] if query.owner_id else []
     return await reply.page(query, TaskPublic, filtered(query).where(*owner))
@@ -1975,20 +1988,32 @@ class Server(uvicorn.Server):
 
 
 def serve(reload: bool) -> None:
-    """Listen, say where, and serve until Ctrl-C or SIGTERM."""
+    """Check the data, listen, say where, and serve until Ctrl-C or SIGTERM. Errors: SystemExit."""
     logging.getLogger("uvicorn").setLevel("WARNING")
     quiet = {"log_config": None, "access_log": False, "proxy_headers": False, "server_header": False}
     bounds = {"ws_max_size": MAX_FRAME_BYTES, "ws_per_message_deflate": False, "timeout_graceful_shutdown": 5}
     options: Any = {"host": settings.host, "port": settings.port} | quiet | bounds
+    print(f"Onefile Tasks {VERSION}", flush=True)  # noqa: T201
+    asyncio.run(with_database(asyncio.sleep(0)))
     if reload:
         return uvicorn.run("app:app", reload=True, app_dir=str(Path(__file__).parent), **options)
     config = uvicorn.Config(app, **options)
-    listener = config.bind_socket()
+    try:
+        listener = config.bind_socket()
+    except SystemExit:
+        raise SystemExit(f"HOST, PORT: cannot listen on {settings.host}, port {settings.port}") from None
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"http://{host}:{listener.getsockname()[1]}{settings.root_path}"
-    print(f"Onefile Tasks {VERSION}\n  Listening  {address}   (Ctrl-C ends it)\n  Docs       {address}/docs")  # noqa: T201
+    print(f"  Listening  {address}   (Ctrl-C ends it)\n  Docs       {address}/docs", flush=True)  # noqa: T201
     with contextlib.suppress(KeyboardInterrupt):
         return Server(config).run(sockets=[listener])
+
+
+async def with_database(command: Coroutine[Any, Any, None]) -> None:
+    """Run a command on the open database. Errors: SystemExit."""
+    await open_database()
+    await command
+    await database.close()
 
 
 async def set_password(name: str, role: str | None) -> None:
@@ -1998,7 +2023,6 @@ async def set_password(name: str, role: str | None) -> None:
     )
     password = valid_or_exit(lambda: a_password.validate_python(typed or new_token()), "password")
     columns = new_user(valid_or_exit(lambda: a_username.validate_python(name), "name"), password, role or "user")
-    await open_database()
     this = users.c.username_key == columns["username_key"]
     async with database.write() as db:
         known = await db.scalar(sa.select(users.c.id).where(this))
@@ -2009,7 +2033,6 @@ async def set_password(name: str, role: str | None) -> None:
         else:
             await db.execute(sa.delete(sessions).where(sessions.c.user_id == known))
             await db.execute(sa.update(users).where(this).values(password_hash=columns["password_hash"]))
-    await database.close()
     print("Done." if typed else f"Done. The password is {password}")  # noqa: T201
 
 
@@ -2025,10 +2048,13 @@ def main() -> None:
         parser.error("a command needs a name")
     if arguments.command:
         role = "admin" if arguments.admin else "user"
-        asyncio.run(set_password(arguments.name, role if arguments.command == "create-user" else None))
+        command = set_password(arguments.name, role if arguments.command == "create-user" else None)
+        asyncio.run(with_database(command))
     else:
         serve(arguments.reload)
 
 
+if __name__ == "__mp_main__":  # A child of --reload has run this file already: let it not define the tables again.
+    sys.modules["app"] = sys.modules["__mp_main__"]
 if __name__ == "__main__":
     main()
