@@ -54,6 +54,7 @@ Notation
 import argparse
 import asyncio
 import contextlib
+import functools
 import getpass
 import hashlib
 import ipaddress
@@ -112,11 +113,8 @@ T = TypeVar("T")
 
 def networks(text: str) -> str:
     """Addresses and networks, or `*`. Errors: ValueError, because a typo here would merge all callers into one."""
-    return (
-        text
-        if text == "*"
-        else ",".join(str(ipaddress.ip_network(each.strip())) for each in text.split(",") if each.strip())
-    )
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return ",".join(part if part == "*" else str(ipaddress.ip_network(part)) for part in parts)
 
 
 RateLimit = Annotated[Any, AfterValidator(limits.parse)]
@@ -335,9 +333,10 @@ class Sessions(SessionPublic, table=True):
     user_id: int = Field(foreign_key="users.id", ondelete="CASCADE", index=True)
 
 
-class Tokens(Answer, table=True):
+class RefreshTokens(Answer, table=True):
     """A refresh token, as a hash. A used one is kept, to notice a replay."""
 
+    __tablename__ = "refresh_tokens"
     id: int = Field(primary_key=True)
     session_id: int = Field(foreign_key="sessions.id", ondelete="CASCADE", index=True)
     token_hash: str = Field(unique=True)
@@ -371,9 +370,8 @@ class Tasks(TaskPublic, table=True):
     search_text: str
 
 
-users, sessions, refresh_tokens, tasks = (
-    SQLModel.metadata.tables[name] for name in ("users", "sessions", "tokens", "tasks")
-)
+tables = SQLModel.metadata.tables
+users, sessions, refresh_tokens, tasks = (tables[name] for name in ("users", "sessions", "refresh_tokens", "tasks"))
 sa.Index("ix_tasks_version", tasks.c.owner_id, tasks.c.version, unique=True)
 sa.Index("ix_tasks_created_at", tasks.c.owner_id, tasks.c.deleted_at, tasks.c.created_at, tasks.c.id)
 public_task = [tasks.c[name] for name in TaskPublic.model_fields]
@@ -424,10 +422,7 @@ def folded(text: str) -> str:
 
 
 def uncommon(password: str) -> str:
-    """Refuse what guessers try first; no composition rules. Ref: NIST SP 800-63B §3.1.1.2. Errors: ValueError.
-
-    "P@ssw0rd123!" is "password" with the usual disguise; digits alone are a date, a run or a phone number.
-    """
+    """Refuse what guessers try first: "P@ssw0rd123!" is "password". Ref: NIST SP 800-63B. Errors: ValueError."""
     stem = re.sub(r"[\W\d_]+$", "", password.casefold())
     guesses = {password.casefold(), stem, stem.translate(LEET)}
     if guesses & set(COMMON_PASSWORDS.split()) or len(set(password)) < 4 or (password.isdigit() and len(password) < 12):
@@ -518,10 +513,9 @@ class Registered(TokenPair):
 
 
 class SessionListed(SessionPublic):
-    """A login, seen from one of them."""
+    """A login; `current` if this request came by it."""
 
     current: bool
-    """Whether this request came by it."""
 
 
 class TaskUpdate(Body):
@@ -557,7 +551,6 @@ class TaskCreate(TaskUpdate):
     """A whole task, for POST and PUT: what is absent gets its default (status todo, priority medium)."""
 
     title: Title
-    """1–200 characters after trimming."""
 
     def values(self) -> dict[str, Any]:
         """Every column that a caller may write."""
@@ -576,7 +569,6 @@ class PageMeta(Answer):
     page: int
     page_size: int
     total: int
-    """Items on all pages."""
     pages: int
 
 
@@ -716,10 +708,8 @@ def encode_access_token(user_id: int, session_id: int) -> str:
 
 
 def decode_access_token(token: str) -> tuple[int, int] | None:
-    """(user id, session id), or None for anything that is not a live access token of ours.
-
-    Expiry is compared with `now()`, not by PyJWT, so that one clock rules and a test can set it.
-    """
+    """(user id, session id), or None for anything that is not a live access token of ours."""
+    # Expiry is compared with now(), not by PyJWT, so that one clock rules and a test can set it.
     options: Any = {"require": ["sub", "sid", "typ", "iat", "exp", "jti"], "verify_exp": False, "verify_iat": False}
     try:
         claims = jwt.decode(token, settings.secret_key.get_secret_value(), ["HS256"], options, issuer=ISSUER)
@@ -894,16 +884,6 @@ def enforce(scope: Scope, buckets: dict[str, str]) -> None:
     scope["state"]["headers"] = min((window(*bucket) for bucket in buckets.items()), key=lambda found: found[0])[1]
 
 
-def check_media_type(request: Request, is_form: bool) -> None:
-    """Errors: 415 for a body that is not what the route reads. Ref: RFC 9110 §15.5.16."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    wanted = r"application/x-www-form-urlencoded|multipart/form-data" if is_form else r"application/([\w.-]+\+)?json"
-    has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
-    if has_body and not re.fullmatch(wanted, media_type):
-        hint = "a form: curl -d" if is_form else "JSON: curl --json, or Content-Type: application/json"
-        raise ApiError(415, "unsupported_media_type", f"Send {hint}.")
-
-
 class Route(APIRoute):
     """Every route of the API: who asks, the count, the query's names and the media type come before the body.
 
@@ -911,11 +891,13 @@ class Route(APIRoute):
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, guarded. Errors: 413; 415; 422 unknown query parameter; 429."""
+        """FastAPI's handler, guarded. Errors: 415; 422 unknown query parameter; 429. Ref: RFC 9110 §15.5.16."""
         handle, elsewhere = super().get_route_handler(), (params.Path, params.Header)
         known = {p.alias for p in get_flat_params(self.dependant) if not isinstance(p.field_info, elsewhere)}
         bucket, extra = "read" if self.methods == {"GET"} else "write", (self.openapi_extra or {}).get("x-rate-limit")
-        body = self.body_field
+        is_form = self.body_field is not None and isinstance(self.body_field.field_info, params.Form)
+        types = r"application/x-www-form-urlencoded|multipart/form-data" if is_form else r"application/(.+\+)?json"
+        hint = "a form: curl -d" if is_form else "JSON: curl --json, or Content-Type: application/json"
 
         async def guarded(request: Request) -> Response:
             user = request.state.user = await authenticate(request.headers.get("authorization"))
@@ -923,17 +905,16 @@ class Route(APIRoute):
             enforce(request.scope, counts | {bucket: bucket_key(request.scope, user)})
             if not request.query_params.keys() <= known:
                 raise invalid(("query", f"has an unknown parameter; known are: {', '.join(sorted(known)) or 'none'}"))
-            if body is not None:
-                check_media_type(request, isinstance(body.field_info, params.Form))
+            media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+            if self.body_field and has_body and not re.fullmatch(types, media_type):
+                raise ApiError(415, "unsupported_media_type", f"Send {hint}.")
             return await handle(request)
 
         return guarded
 
 
-def router(prefix: str, tag: str) -> APIRouter:
-    """The routes of one resource."""
-    return APIRouter(prefix=prefix, tags=[tag], route_class=Route)
-
+router = functools.partial(APIRouter, route_class=Route)
 
 # ── 9 Live updates ──────────────────────────────────────────────────────────────────────────────
 # One number per user. A write takes the next seq inside its transaction; a stream is a cursor that
@@ -1137,7 +1118,6 @@ async def changing(user_id: int) -> AsyncIterator[Transaction]:
 
 SEND_SECONDS = 20.0
 CLEANUP_SECONDS = 3600.0
-PLACEHOLDER = re.compile(r"change.?(me|this|it)|your.?secret|secret.?key|placeholder|example|insecure", re.I)
 started_at = time.monotonic()
 last_cleanup: dict[str, int | datetime] | None = None
 
@@ -1156,11 +1136,7 @@ class LogFormatter(logging.Formatter):
 
 
 def load_secret(path: Path) -> SecretStr:
-    """SECRET_KEY, or the one generated on the first start and kept beside the database, mode 0600.
-
-    Whoever guesses the key is every user: a short or a copied one stops the start. Ref: RFC 7518 §3.2.
-    Errors: SystemExit
-    """
+    """SECRET_KEY, or the one generated at first and kept here, mode 0600. Errors: SystemExit. Ref: RFC 7518 §3.2."""
     key = settings.secret_key.get_secret_value()
     if not key and not path.exists():
         new = path.with_suffix(".new")
@@ -1168,7 +1144,8 @@ def load_secret(path: Path) -> SecretStr:
             file.write(new_token())
         new.replace(path)
     key = key or path.read_text(errors="replace").strip()
-    if len(key.encode()) < 32 or len(set(key)) < 8 or PLACEHOLDER.search(key):
+    placeholder = re.search(r"change.?(me|this|it)|your.?secret|secret.?key|placeholder|example|insecure", key, re.I)
+    if len(key.encode()) < 32 or len(set(key)) < 8 or placeholder:
         raise SystemExit(f"SECRET_KEY: must be 32 random bytes or more; leave it empty to have one generated in {path}")
     return SecretStr(key)
 
@@ -1336,7 +1313,7 @@ class Exchange:
         log.info(line.format(**entry), extra={"fields": entry})
 
 
-def explain(error: Exception) -> ApiError:
+def explain(error: Exception, path: str = "") -> ApiError:
     """Whatever was raised, as the error that a client sees. What they sent is not repeated."""
     if isinstance(error, ApiError):
         return error
@@ -1354,18 +1331,20 @@ def explain(error: Exception) -> ApiError:
         500: ("internal_error", "Something failed here; the log knows more by this request_id."),
     }
     status = getattr(error, "status_code", 500)
-    return ApiError(status, *known[status])
+    return ApiError(status, *known[status], headers=allowed(path) if status == 405 else None)
+
+
+def allowed(path: str) -> dict[str, str]:
+    """Every method of a path, whichever route answers it. Ref: RFC 9110 §10.2.1."""
+    here = [route.methods or set() for route in iter_route_contexts(app.routes) if route.path_regex.match(path)]
+    methods = {"HEAD" if method == "GET" else method for method in set().union(*here)} | set().union(*here)
+    return {"Allow": ", ".join(sorted(methods))}
 
 
 async def on_error(request: Request, error: Exception) -> Response:
     """The framework's errors and ours; everything else reaches the Gateway."""
-    response = explain(error).response(request.state.request_id)
-    if response.status_code == 405:
-        path = request.scope["path"].removeprefix(request.scope["root_path"])
-        here = [route.methods or set() for route in iter_route_contexts(app.routes) if route.path_regex.match(path)]
-        methods = set().union(*here)
-        response.headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
-    return response
+    path = request.scope["path"].removeprefix(request.scope["root_path"])
+    return explain(error, path).response(request.state.request_id)
 
 
 app: FastAPI = (FastAPIOffline if settings.docs == "on" else FastAPI)(
@@ -1385,7 +1364,7 @@ app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxie
 # (400, 401, 413, 415, 422, 429, 500, 503) stand once in the README; a docstring adds its own. A GET counts
 # against RATE_LIMIT_READ, the rest against RATE_LIMIT_WRITE; a docstring names what counts besides.
 
-auth = router(f"{API}/auth", "auth")
+auth = router(prefix=f"{API}/auth", tags=["auth"])
 
 
 class TokenIssuer:
@@ -1396,23 +1375,18 @@ class TokenIssuer:
         response.headers["Cache-Control"] = "no-store"  # RFC 6749 §5.1
 
     async def issue(self, db: AsyncConnection, user_id: int, session: Row | None = None) -> TokenPair:
-        """The first tokens of a new session, or the next ones of a session; only the refresh token's hash is kept.
-
-        A session lives REFRESH_TOKEN_DAYS from its last use, and 180 days in all.
-        """
+        """The first tokens of a new session, or the next ones of a session, which lives 180 days in all."""
         moment, token = now(), new_token()
         created_at = session.session_created_at if session else moment
         idle_until = moment + timedelta(days=settings.refresh_token_days)
         expiry = {"expires_at": min(idle_until, created_at + timedelta(days=SESSION_DAYS))}
         values = {"address": self.address, "user_agent": self.agent, "last_used_at": moment, "created_at": created_at}
-        written: Any = (
-            sa.update(sessions).where(sessions.c.id == session.session_id) if session else sa.insert(sessions)
-        )
+        this = sessions.c.id == (session and session.session_id)
+        written: Any = sa.update(sessions).where(this) if session else sa.insert(sessions)
         row = await db.execute(written.values(user_id=user_id, **values, **expiry).returning(sessions.c.id))
         session_id = row.scalar_one()
-        await db.execute(
-            sa.insert(refresh_tokens).values(session_id=session_id, token_hash=token_hash(token), **expiry)
-        )
+        kept = {"session_id": session_id, "token_hash": token_hash(token)} | expiry
+        await db.execute(sa.insert(refresh_tokens).values(kept))
         access_token, seconds = encode_access_token(user_id, session_id), settings.access_token_minutes * 60
         return TokenPair(access_token=access_token, refresh_token=token, expires_in=seconds)
 
@@ -1424,9 +1398,8 @@ class TokenIssuer:
         """
         key = folded(name)[:200]
         user = next(iter(await fetch(sa.select(users).where(users.c.username_key == key))), None)
-        here = sa.select(sessions.c.address).where(
-            sessions.c.user_id == (user and user.id), sessions.c.expires_at > now()
-        )
+        living = (sessions.c.user_id == (user and user.id)) & (sessions.c.expires_at > now())
+        here = sa.select(sessions.c.address).where(living)
         known = address_key(self.address) in {address_key(row.address) for row in await fetch(here)}
         counted = None if known or settings.rate_limits == "off" else f"session {session_id}" if session_id else key
         matches = await in_worker(try_password, counted, password, user and user.password_hash)
@@ -1449,9 +1422,9 @@ class TokenIssuer:
 Issuer = Annotated[TokenIssuer, Depends()]
 
 
-async def in_worker(function: Callable[..., T], *arguments: Any) -> T:
+def in_worker(function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
     """Run password work in its own threads, outside of the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(password_workers, function, *arguments)
+    return asyncio.get_running_loop().run_in_executor(password_workers, function, *arguments)
 
 
 def try_password(account: str | None, password: str, password_hash: str | None) -> bool:
@@ -1519,28 +1492,22 @@ async def refresh(body: RefreshRequest, issuer: Issuer) -> TokenPair:
     column, moment = refresh_tokens.c, now()
     this, later = column.token_hash == token_hash(body.refresh_token), refresh_tokens.alias()
     fresh = this & column.used_at.is_(None) & (column.expires_at > moment)
-    successor = (later.c.session_id == column.session_id) & (later.c.id > column.id)
-    replayed = (column.used_at < moment - timedelta(seconds=1)) | sa.exists().where(
-        successor, later.c.used_at.is_not(None)
-    )
+    successor = (later.c.session_id == column.session_id) & (later.c.id > column.id) & later.c.used_at.is_not(None)
+    replayed = (column.used_at < moment - timedelta(seconds=1)) | sa.exists().where(successor)
     use = sa.update(refresh_tokens).where(fresh).values(used_at=moment).returning(column.session_id)
     async with database.write() as db:
         session_id = await db.scalar(use)
         session = (await db.execute(principals.where(sessions.c.id == session_id, alive()))).one_or_none()
         if session is not None:
             return await issuer.issue(db, session.id, session)
-        await db.execute(
-            sa.delete(sessions).where(sessions.c.id.in_(sa.select(column.session_id).where(this, replayed)))
-        )
+        lost = sa.select(column.session_id).where(this, replayed)
+        await db.execute(sa.delete(sessions).where(sessions.c.id.in_(lost)))
     raise unauthorized("invalid_refresh_token", "This refresh token is not valid.")
 
 
 @auth.post("/logout", status_code=204)
 async def log_out(request: Request, body: RefreshRequest | None = None) -> None:
-    """End this session: by the access token, or by its refresh token when that has expired.
-
-    Errors: 401 neither is valid
-    """
+    """End this session: by access token, or by refresh token when that has expired. Errors: 401 neither is valid."""
     given = refresh_tokens.c.token_hash == token_hash(body.refresh_token if body else "")
     by_token = sessions.c.id.in_(sa.select(refresh_tokens.c.session_id).where(given))
     user = request.state.user
@@ -1564,15 +1531,12 @@ async def list_sessions(user: CurrentUser) -> Collection[SessionListed]:
 
 @auth.delete("/sessions/{session_id}", status_code=204)
 async def end_session(session_id: Id, user: CurrentUser) -> None:
-    """End one login.
-
-    Errors: 404 absent or not yours
-    """
+    """End one login. Errors: 404 absent or not yours."""
     if not await execute(sa.delete(sessions).where(sessions.c.id == session_id, sessions.c.user_id == user.id)):
         raise not_found("session", session_id)
 
 
-account = router(f"{API}/users/me", "users")
+account = router(prefix=f"{API}/users/me", tags=["users"])
 
 
 @account.get("")
@@ -1611,19 +1575,14 @@ async def delete_account(user: CurrentUser) -> None:
     """
     if now() - user.session_created_at > timedelta(minutes=10):
         raise ApiError(403, "login_again", "Log in again: this needs a session younger than 10 minutes.")
+    admins = sa.select(users.c.id).where(users.c.role == "admin", users.c.is_active)
     async with database.write() as db:
-        await keep_an_admin(db, user.id)
+        if list(await db.scalars(admins)) == [user.id]:
+            raise ApiError(409, "last_admin", "The last active admin stays.")
         await db.execute(sa.delete(users).where(users.c.id == user.id))
 
 
-async def keep_an_admin(db: AsyncConnection, leaving_id: int) -> None:
-    """Errors: 409 if nobody but this user is an active admin."""
-    admins = (await db.scalars(sa.select(users.c.id).where(users.c.role == "admin", users.c.is_active))).all()
-    if list(admins) == [leaving_id]:
-        raise ApiError(409, "last_admin", "The last active admin stays.")
-
-
-todo = router(f"{API}/tasks", "tasks")
+todo = router(prefix=f"{API}/tasks", tags=["tasks"])
 ORDER = {"status": ("todo", "in_progress", "done"), "priority": ("low", "medium", "high")}
 
 
@@ -1656,7 +1615,6 @@ async def list_tasks(user: CurrentUser, query: Annotated[TaskQuery, Query()], re
     The weak ETag is made of the caller's seq and the URL: `If-None-Match` gets its 304 without the
     query. An answer that depends on the clock (`overdue`) carries none.
 
-    Errors: 304 unchanged
     Ref: RFC 8288; RFC 9110 §13.1.2
     """
     if query.overdue is None:
@@ -1699,12 +1657,10 @@ async def list_changes(user: CurrentUser, since: Since = "0", limit: Limit = BAT
 
 
 Cursor = Annotated[Seq | None, Query()]
-LastEventId = Annotated[Seq | None, Header()]
+LastId = Annotated[Seq | None, Header()]
 
 
-async def event_stream(
-    user: CurrentUser, since: Cursor = None, last_event_id: LastEventId = None
-) -> AsyncIterator[Stream]:
+async def event_stream(user: CurrentUser, since: Cursor = None, last_event_id: LastId = None) -> AsyncIterator[Stream]:
     """An open stream. Errors: 410, before the answer begins."""
     async with open_stream(user, since if last_event_id is None else last_event_id) as stream:
         if stream.stale:
@@ -1738,11 +1694,10 @@ async def read_statistics(user: CurrentUser) -> Statistics:
     """Counts over the caller's tasks, the trash left out."""
     moment, column = now(), tasks.c
     terms = {name: column[kind] == name for kind, names in ORDER.items() for name in names}
+    terms["total"] = sa.true()
     terms["overdue"] = ~column.completed & (column.due_date < moment)
     terms["due_in_7_days"] = ~column.completed & column.due_date.between(moment, moment + timedelta(days=7))
-    counted = [sa.func.count().label("total")] + [
-        sa.func.count().filter(term).label(name) for name, term in terms.items()
-    ]
+    counted = [sa.func.count().filter(term).label(name) for name, term in terms.items()]
     mine = (column.owner_id == user.id) & column.deleted_at.is_(None)
     days = [moment.date() - timedelta(days=back) for back in reversed(range(30))]
     recent = mine & (column.completed_at >= datetime.combine(days[0], datetime.min.time(), UTC))
@@ -1767,10 +1722,7 @@ async def empty_trash(user: CurrentUser) -> None:
 
 @todo.get("/{task_id}")
 async def read_task(task: OwnedTask, reply: Answering) -> TaskPublic:
-    """One task.
-
-    Errors: 304 unchanged; 404 absent or not yours
-    """
+    """One task. Errors: 304 unchanged; 404 absent or not yours."""
     reply.tag(f'"{task.version}"')
     return task
 
@@ -1820,19 +1772,13 @@ async def update_task(edit: Edit, body: TaskUpdate) -> TaskPublic:
 
 @todo.delete("/{task_id}", status_code=204)
 async def trash_task(edit: Edit) -> None:
-    """Move a task to the trash.
-
-    Errors: 404 absent or not yours; 412 stale version
-    """
+    """Move a task to the trash. Errors: 404 absent or not yours; 412 stale version."""
     await edit.save({"deleted_at": now()})
 
 
 @todo.post("/{task_id}/restore")
 async def restore_task(edit: Edit) -> TaskPublic:
-    """Take a task out of the trash.
-
-    Errors: 404 absent, not yours or not in the trash; 412 stale version
-    """
+    """Take a task out of the trash. Errors: 404 absent, not yours or not in the trash; 412 stale version."""
     return await edit.save({"deleted_at": None}, trashed=True)
 
 
@@ -1907,60 +1853,46 @@ async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = No
         await socket.close(*close_code(error))
 
 
-admin = router(f"{API}/admin", "admin")
+admin = router(prefix=f"{API}/admin", tags=["admin"])
 
 
 @admin.get("/users")
 async def list_users(_admin: AdminUser, query: Annotated[PageQuery, Query()], reply: Answering) -> Page[UserPublic]:
-    """Every account, oldest first.
-
-    Errors: 403 admin_required
-    """
+    """Every account, oldest first. Errors: 403 admin_required."""
     return await reply.page(query, UserPublic, sa.select(users).order_by(users.c.id))
 
 
 @admin.get("/users/{user_id}")
 async def read_user(user_id: Id, _admin: AdminUser) -> UserPublic:
-    """One account.
-
-    Errors: 403 admin_required; 404 absent
-    """
+    """One account. Errors: 403 admin_required; 404 absent."""
     for row in await fetch(sa.select(users).where(users.c.id == user_id)):
         return UserPublic(**row._mapping)
     raise not_found("user", user_id)
 
 
-@admin.get("/tasks")
-async def list_all_tasks(
-    _admin: AdminUser, query: Annotated[AdminTaskQuery, Query()], reply: Answering
-) -> Page[TaskPublic]:
-    """Every owner's tasks, with the filters of GET /tasks and `owner_id`.
+AdminFilters = Annotated[AdminTaskQuery, Query()]
 
-    Errors: 403 admin_required
-    """
+
+@admin.get("/tasks")
+async def list_all_tasks(_admin: AdminUser, query: AdminFilters, reply: Answering) -> Page[TaskPublic]:
+    """Every owner's tasks, with the filters of GET /tasks and `owner_id`. Errors: 403 admin_required."""
     owner = [tasks.c.owner_id == query.owner_id] if query.owner_id else []
     return await reply.page(query, TaskPublic, filtered(query).where(*owner))
 
 
-health = router("/health", "health")
+health = router(prefix="/health", tags=["health"])
 
 
 @health.get("", openapi_extra={"x-rate-limit": "none"})
 async def read_health() -> Health:
-    """Alive, and the database answers.
-
-    Errors: 503 database_unavailable
-    """
+    """Alive, and the database answers. Errors: 503 database_unavailable."""
     await fetch(sa.select(1))
     return Health()
 
 
 @health.get("/detailed", openapi_extra={"x-rate-limit": "none"})
 async def read_health_detailed() -> HealthDetailed:
-    """The same, with figures.
-
-    Errors: 503 database_unavailable
-    """
+    """The same, with figures. Errors: 503 database_unavailable."""
     began = time.perf_counter()
     await fetch(sa.select(1))
     figures: Any = {"engine": "sqlite", "latency_ms": round((time.perf_counter() - began) * 1000, 2)}
@@ -2018,9 +1950,8 @@ async def with_database(command: Coroutine[Any, Any, None]) -> None:
 
 async def set_password(name: str, role: str | None) -> None:
     """Create an account, or without a role set a new password and end every session. Errors: SystemExit."""
-    typed = (
-        getpass.getpass("Password (empty: generate one): ") if sys.stdin.isatty() else sys.stdin.readline().strip("\n")
-    )
+    prompt = "Password (empty: generate one): "
+    typed = getpass.getpass(prompt) if sys.stdin.isatty() else sys.stdin.readline().strip("\n")
     password = valid_or_exit(lambda: a_password.validate_python(typed or new_token()), "password")
     columns = new_user(valid_or_exit(lambda: a_username.validate_python(name), "name"), password, role or "user")
     this = users.c.username_key == columns["username_key"]

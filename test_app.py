@@ -2236,8 +2236,8 @@ def test_sse_looks_like_the_standard_says(alice):
 
 
 def test_an_idle_sse_stream_sends_comments(alice, monkeypatch):
-    assert fastapi.routing._PING_INTERVAL == 15
-    monkeypatch.setattr(fastapi.routing, "_PING_INTERVAL", 0.02)
+    assert app.IDLE_SECONDS == 15
+    monkeypatch.setattr(app, "IDLE_SECONDS", 0.02)
     with alice.events() as live:
         assert next(live.blocks).keys() == {"comment"}
 
@@ -3527,8 +3527,8 @@ def test_one_users_statistics_ignore_the_others(bob):
 # The admin.
 
 
-@pytest.mark.usefixtures("bob")
-def test_an_admin_sees_every_account(alice, admin):
+def test_an_admin_sees_every_account(server, alice, admin):
+    server.person("bob").register()
     answer = good(admin.get("/admin/users")).json()
     assert [user["username"] for user in answer["data"]] == ["admin", "alice", "bob"]
     assert all(user.keys() == USER_FIELDS for user in answer["data"])
