@@ -222,6 +222,7 @@ def sqlite_engine(path: Path, begin: str, pool_size: int, *pragmas: str) -> Asyn
 
     @sa.event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _record: object) -> None:
+        """Once for each connection."""
         for pragma in ("busy_timeout=10000", "journal_mode=WAL", "foreign_keys=ON", *pragmas):
             connection.execute(f"PRAGMA {pragma}").close()
 
@@ -900,6 +901,7 @@ class Route(APIRoute):
         hint = "a form: curl -d" if is_form else "JSON: curl --json, or Content-Type: application/json"
 
         async def guarded(request: Request) -> Response:
+            """What comes before the body."""
             user = request.state.user = await authenticate(request.headers.get("authorization"))
             counts = {extra: bucket_key(request.scope, None)} if extra else {}
             enforce(request.scope, counts | {bucket: bucket_key(request.scope, user)})
@@ -1027,8 +1029,7 @@ class Stream:
                 yield change
             if self.cursor >= feeds[self.user_id].last:
                 try:
-                    async with asyncio.timeout(IDLE_SECONDS):
-                        await self.wake.wait()
+                    await asyncio.wait_for(self.wake.wait(), IDLE_SECONDS)
                 except TimeoutError:
                     yield Change(self.cursor, "idle", "")
 
@@ -1835,22 +1836,28 @@ async def watch_peer(socket: WebSocket, stream: Stream) -> None:
         stream.close(*close_code(error))
 
 
+async def talk(socket: WebSocket, client_id: str, since: int | None) -> tuple[int, str]:
+    """Hello, then every change; returns why it ended. Errors: SOCKET_ERRORS."""
+    user, since = await meet(socket, since)
+    async with open_stream(user, since, client_id) as stream:
+        peer = asyncio.create_task(watch_peer(socket, stream))
+        await socket.send_text(f'{{"type":"hello","seq":{stream.cursor}}}')
+        async for change in stream.changes():
+            if change.text:
+                await socket.send_text(change.text)
+        peer.cancel()
+        return stream.closing
+
+
 @live.websocket("/ws/tasks/{client_id}")
 async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = None) -> None:
     """Live updates over a WebSocket; the README has the protocol. Ref: RFC 6455."""
     await socket.accept()
     try:
-        user, since = await meet(socket, since)
-        async with open_stream(user, since, client_id) as stream:
-            peer = asyncio.create_task(watch_peer(socket, stream))
-            await socket.send_text(f'{{"type":"hello","seq":{stream.cursor}}}')
-            async for change in stream.changes():
-                if change.text:
-                    await socket.send_text(change.text)
-            peer.cancel()
-            await socket.close(*stream.closing)
+        end = await talk(socket, client_id, since)
     except SOCKET_ERRORS as error:
-        await socket.close(*close_code(error))
+        end = close_code(error)
+    await socket.close(*end)
 
 
 admin = router(prefix=f"{API}/admin", tags=["admin"])
@@ -1926,25 +1933,26 @@ def serve(reload: bool) -> None:
     bounds = {"ws_max_size": MAX_FRAME_BYTES, "ws_per_message_deflate": False, "timeout_graceful_shutdown": 5}
     options: Any = {"host": settings.host, "port": settings.port} | quiet | bounds
     print(f"Onefile Tasks {VERSION}", flush=True)  # noqa: T201
-    asyncio.run(with_database(asyncio.sleep(0)))
-    if reload:
-        return uvicorn.run("app:app", reload=True, app_dir=str(Path(__file__).parent), **options)
+    asyncio.run(with_database())
     config = uvicorn.Config(app, **options)
     try:
-        listener = config.bind_socket()
+        listener = None if reload else config.bind_socket()
     except SystemExit:
         raise SystemExit(f"HOST, PORT: cannot listen on {settings.host}, port {settings.port}") from None
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    address = f"http://{host}:{listener.getsockname()[1]}{settings.root_path}"
+    address = f"http://{host}:{listener.getsockname()[1] if listener else settings.port}{settings.root_path}"
     print(f"  Listening  {address}   (Ctrl-C ends it)\n  Docs       {address}/docs", flush=True)  # noqa: T201
     with contextlib.suppress(KeyboardInterrupt):
-        return Server(config).run(sockets=[listener])
+        if listener:
+            return Server(config).run(sockets=[listener])
+        return uvicorn.run("app:app", reload=True, app_dir=str(Path(__file__).parent), **options)
 
 
-async def with_database(command: Coroutine[Any, Any, None]) -> None:
-    """Run a command on the open database. Errors: SystemExit."""
+async def with_database(command: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+    """Open the database, run a command on it, close it. Errors: SystemExit."""
     await open_database()
-    await command
+    if command:
+        await command()
     await database.close()
 
 
@@ -1978,9 +1986,8 @@ def main() -> None:
     if arguments.command and not arguments.name:
         parser.error("a command needs a name")
     if arguments.command:
-        role = "admin" if arguments.admin else "user"
-        command = set_password(arguments.name, role if arguments.command == "create-user" else None)
-        asyncio.run(with_database(command))
+        role = {"create-user": "admin" if arguments.admin else "user"}.get(arguments.command)
+        asyncio.run(with_database(functools.partial(set_password, arguments.name, role)))
     else:
         serve(arguments.reload)
 

@@ -1148,50 +1148,46 @@ def test_a_client_that_hangs_up_leaves_the_writer_usable(server, alice):
     assert len(together(20, lambda _: alice.create()["id"])) == 20
 
 
-@pytest.mark.parametrize(("method", "path"), [("POST", "/api/v1/tasks"), ("GET", "/api/v1/tasks")])
-@pytest.mark.usefixtures("clock", "configure")
-def test_a_cancelled_request_leaves_the_database_usable(method, path):
-    async def ask(method: str, path: str, token: str = "", **body: str) -> dict[str, Any]:
-        """One request straight into the app, so that it can be cancelled in the middle."""
-        headers = [(b"content-type", b"application/json"), (b"authorization", f"Bearer {token}".encode())]
-        messages = [{"type": "http.request", "body": json.dumps(body).encode()}] if body else [{"type": "http.request"}]
-        headers += [(b"content-length", str(len(messages[0].get("body", b""))).encode())]
-        scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b""}
-        scope |= {
-            "root_path": "",
-            "scheme": "http",
-            "http_version": "1.1",
-            "client": ("127.0.0.1", 1),
-            "server": ("127.0.0.1", 80),
-        }
-        got: list[Any] = []
+async def straight(method: str, path: str, token: str = "", send: Any = None, **body: str) -> dict[str, Any]:
+    """One request straight into the app, without a server, so that it can be cancelled in the middle."""
+    content = json.dumps(body).encode() if body else b""
+    headers = [(b"content-type", b"application/json"), (b"authorization", f"Bearer {token}".encode())]
+    headers += [(b"content-length", str(len(content)).encode())]
+    scope = {"type": "http", "method": method, "path": path, "root_path": "", "query_string": b"", "headers": headers}
+    scope |= {"scheme": "http", "http_version": "1.1", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80)}
+    messages, got = [{"type": "http.request", "body": content}], []
 
-        async def receive() -> Any:
-            return messages.pop() if messages else await asyncio.Event().wait()
+    async def receive() -> Any:
+        return messages.pop() if messages else await asyncio.Event().wait()
 
-        async def send(message: Any) -> None:
-            got.append(message)
+    async def collect(message: Any) -> None:
+        got.append(message)
 
-        await app.app(scope, receive, send)
-        return json.loads(b"".join(message.get("body", b"") for message in got))
+    await app.app(scope, receive, send or collect)
+    return json.loads(b"".join(message.get("body", b"") for message in got) or b"{}")
 
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+@pytest.mark.usefixtures("configure", "clock")
+def test_a_cancelled_request_leaves_the_database_usable(method):
     async def cancel_at_every_step() -> None:
         async with app.app.router.lifespan_context(app.app):
-            token = (await ask("POST", "/api/v1/auth/register", username="alice", password=PASSWORD))["access_token"]
-            body = {"title": "x"} if method == "POST" else {}
+            account = await straight("POST", "/api/v1/auth/register", username="alice", password=PASSWORD)
+            token, body = account["access_token"], {"title": "x"} if method == "POST" else {}
             for steps in range(150):
-                request = asyncio.create_task(ask(method, path, token, **body))
+                request = asyncio.create_task(straight(method, "/api/v1/tasks", token, **body))
                 for _ in range(steps * 3):
                     await asyncio.sleep(0)
                 request.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await request
             for _ in range(8):
-                created = await asyncio.wait_for(ask("POST", "/api/v1/tasks", token, title="x"), DEADLINE)
+                created = await asyncio.wait_for(straight("POST", "/api/v1/tasks", token, title="x"), DEADLINE)
                 assert created.get("title") == "x", created
-                assert (await asyncio.wait_for(ask("GET", "/api/v1/tasks", token), DEADLINE))["data"]
+                assert (await asyncio.wait_for(straight("GET", "/api/v1/tasks", token), DEADLINE))["data"]
 
     asyncio.run(cancel_at_every_step())
+    gc.collect()  # a connection that nobody closed would complain now
 
 
 # ── 4 Tables ────────────────────────────────────────────────────────────────────────────────────
@@ -2440,6 +2436,18 @@ def test_what_another_process_writes_arrives_too(alice, clock, program):
         assert live.frame() == events.frame() == {"type": "updated", "seq": 2, "task": edited}
 
 
+def test_a_gap_that_another_process_left_is_filled_in_order(monkeypatch, clock, start, program):
+    clock.moment = datetime.now(UTC)
+    monkeypatch.setattr(app, "POLL_SECONDS", 3_600)
+    alice = start().person("alice").register()
+    other = program().listening().person()
+    other.headers["Authorization"] = alice.headers["Authorization"]
+    with alice.socket() as live, alice.events() as events:
+        here, there, again = alice.create("here"), other.create("there"), alice.create("here again")
+        assert [frame["task"] for frame in live.frames(3)] == [here, there, again]
+        assert [frame["task"] for frame in events.frames(3)] == [here, there, again]
+
+
 # Who may listen, and until when.
 
 
@@ -2521,6 +2529,15 @@ def test_silence_closes_with_4401(server, monkeypatch):
     monkeypatch.setattr(app, "HELLO_SECONDS", 0.05)
     with server.websocket("tab") as live:
         assert live.close_code() == 4401
+
+
+def test_a_failure_closes_a_socket_with_1011(server, alice, monkeypatch):
+    def fail() -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(app.database, "read", fail)
+    with server.websocket("tab", additional_headers={"Authorization": alice.headers["Authorization"]}) as live:
+        assert live.close_code() == 1011
 
 
 def test_a_token_in_the_url_opens_nothing(server, alice, monkeypatch):
@@ -2743,7 +2760,11 @@ def test_the_docs_need_no_internet(anonymous, path):
     assert resources
     for resource in resources:
         assert not re.match(r"(https?:)?//", resource), resource
-        good(anonymous.get(ROOT + resource))
+        found = good(anonymous.get(ROOT + resource))
+        assert found.content
+        assert good(anonymous.head(ROOT + resource)).headers.get("Content-Length") == found.headers.get(
+            "Content-Length"
+        )
 
 
 def test_openapi_describes_every_route(anonymous):
@@ -2924,6 +2945,20 @@ def test_background_work_survives_a_failure(log, alice, monkeypatch):
             eventually(lambda: log.lines(1) and "for a while" in log.text)
         good(alice.post("/auth/logout"), 204)
         assert live.close_code() == 4401
+
+
+@pytest.mark.usefixtures("configure", "clock")
+def test_a_server_that_never_takes_the_answer_holds_nothing_up(monkeypatch):
+    monkeypatch.setattr(app, "SEND_SECONDS", 0.01)
+
+    async def never(_message: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def ask() -> None:
+        async with app.app.router.lifespan_context(app.app):
+            await asyncio.wait_for(straight("GET", "/health", send=never), DEADLINE)
+
+    asyncio.run(ask())
 
 
 # ── 11 Routes ───────────────────────────────────────────────────────────────────────────────────
@@ -3220,6 +3255,57 @@ def test_deleting_an_account_deletes_everything_of_it(server, alice, bob, anonym
     for table in (app.tasks, app.sessions, app.refresh_tokens):
         assert len(server.sql(sa.select(table))) == 1
     assert server.person("alice").register().all_tasks() == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"), [("POST", "tasks", {"title": "x"}), ("PATCH", "users/me", {"email": None})]
+)
+def test_whoever_is_deleted_while_their_body_arrives_is_nobody(server, alice, method, path, body):
+    content = json.dumps(body).encode()
+    with server.connect() as connection:
+        connection.sendall(
+            f"{method} /api/v1/{path} HTTP/1.1\r\nHost: x\r\nAuthorization: {alice.headers['Authorization']}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\nExpect: 100-continue\r\n\r\n".encode()
+        )
+        # The server asks for the body once it knows who is asking.
+        assert connection.recv(65536).startswith(b"HTTP/1.1 100 ")
+        good(alice.delete("/users/me"), 204)
+        connection.sendall(content)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 401 ")
+
+
+def test_whoever_is_deleted_between_two_queries_is_nobody(alice, monkeypatch):
+    read, answered = app.database.read, []
+
+    @contextlib.asynccontextmanager
+    async def delete_after_the_first() -> Any:
+        if answered:
+            async with app.database.write() as db:
+                await db.execute(sa.delete(app.users).where(app.users.c.id == alice.user["id"]))
+        async with read() as db:
+            yield db
+        answered.append(True)
+
+    monkeypatch.setattr(app.database, "read", delete_after_the_first)
+    error_of(alice.get("/tasks/changes"), 401)
+
+
+def test_a_login_with_a_password_that_changes_meanwhile_fails(server, alice, monkeypatch):
+    comparing, changed, check = threading.Event(), threading.Event(), bcrypt.checkpw
+
+    def slow(password: bytes, hashed: bytes) -> bool:
+        comparing.set()
+        return changed.wait(DEADLINE) and check(password, hashed)
+
+    monkeypatch.setattr(bcrypt, "checkpw", slow)
+    body = {"username": "alice", "password": PASSWORD}
+    with ThreadPoolExecutor(1) as pool:
+        login = pool.submit(server.person().post, "/auth/login", json=body)
+        assert comparing.wait(DEADLINE)
+        new = {"password_hash": app.hash_password("another long password")}
+        server.sql(sa.update(app.users).where(app.users.c.id == alice.user["id"]).values(new))
+        changed.set()
+        error_of(login.result(DEADLINE), 401)
 
 
 def test_deleting_an_account_takes_a_young_session(alice, clock):
