@@ -111,13 +111,20 @@ T = TypeVar("T")
 # with one line that names the variable, because a server that guesses is found out later.
 
 
+def rate(text: str) -> limits.RateLimitItem:
+    """`5/minute`. Errors: ValueError, also for several rates and for a rate of 0."""
+    if not re.fullmatch(r"[1-9]\d{0,8} ?(/|per) ?\d{0,4} ?(second|minute|hour|day|month|year)s?", text):
+        raise ValueError("must be a rate like 5/minute")
+    return limits.parse(text)
+
+
 def networks(text: str) -> str:
     """Addresses and networks, or `*`. Errors: ValueError, because a typo here would merge all callers into one."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     return ",".join(part if part == "*" else str(ipaddress.ip_network(part)) for part in parts)
 
 
-RateLimit = Annotated[Any, AfterValidator(limits.parse)]
+RateLimit = Annotated[Any, AfterValidator(rate)]
 Proxies = Annotated[str, AfterValidator(networks)]
 
 
@@ -859,20 +866,20 @@ def bucket_key(scope: Scope, user: Row | None) -> str:
     return f"user {user.id}" if user else address_key(client_address(scope))
 
 
-def window(name: str, key: str) -> tuple[int, dict[str, str]]:
-    """How many are left of a limit, and its headers; Reset is in Unix seconds."""
+def window(name: str, key: str) -> tuple[int, float, dict[str, str]]:
+    """How many are left of a limit, when more come (Unix seconds), and its headers."""
     limit: limits.RateLimitItem = getattr(settings, f"rate_limit_{name}")
     reset, remaining = limiter.limiter.get_window_stats(limit, name, key)
     figures = {"Limit": limit.amount, "Remaining": max(0, remaining), "Reset": ceil(reset)}
-    return remaining, {f"X-RateLimit-{part}": str(figure) for part, figure in figures.items()}
+    return remaining, reset, {f"X-RateLimit-{part}": str(figure) for part, figure in figures.items()}
 
 
 def rate_limited(name: str, key: str) -> ApiError:
     """429. Ref: RFC 6585 §4."""
-    headers = window(name, key)[1]
-    seconds = max(1, int(headers["X-RateLimit-Reset"]) - int(time.time()))
-    headers |= {"Retry-After": str(seconds)}
-    return ApiError(429, "rate_limited", f"Too many requests. Try again in {seconds} s.", headers)
+    _, reset, headers = window(name, key)
+    seconds = max(1, ceil(reset - time.time()))
+    message = f"Too many requests. Try again in {seconds} s."
+    return ApiError(429, "rate_limited", message, headers | {"Retry-After": str(seconds)})
 
 
 def enforce(scope: Scope, buckets: dict[str, str]) -> None:
@@ -882,7 +889,8 @@ def enforce(scope: Scope, buckets: dict[str, str]) -> None:
     for name, key in buckets.items():
         if not limiter.limiter.hit(getattr(settings, f"rate_limit_{name}"), name, key):
             raise rate_limited(name, key)
-    scope["state"]["headers"] = min((window(*bucket) for bucket in buckets.items()), key=lambda found: found[0])[1]
+    tightest = min((window(*bucket) for bucket in buckets.items()), key=lambda found: found[0])
+    scope["state"]["headers"] = tightest[2]
 
 
 class Route(APIRoute):
@@ -1171,7 +1179,7 @@ async def open_database() -> None:
             if first_start:
                 await db.execute(sa.insert(users).values(new_user(name, password, "admin")))
     except (OSError, sa.exc.DatabaseError) as error:
-        raise SystemExit(f"DATA_DIR: {getattr(error, 'orig', error)}") from None
+        raise SystemExit(f"DATA_DIR: {getattr(error, 'strerror', None) or getattr(error, 'orig', error)}") from None
     if first_start and not given:
         print(f"  Admin      {name}, password {password}   (shown only now)", flush=True)  # noqa: T201
 
@@ -1301,9 +1309,12 @@ class Exchange:
                 self.transport.abort()
 
     async def fail(self, error: ApiError) -> None:
-        """Answer with an error, unless the answer has begun."""
-        if self.status == 0 and self.method != "WEBSOCKET":
-            await error.response(self.request_id)(self.scope, self.receive, self.send)
+        """Answer with an error, or close with 1011, unless the answer has begun or the peer is gone."""
+        with contextlib.suppress(OSError, RuntimeError):
+            if self.method == "WEBSOCKET" and self.status == 101:
+                await self.send({"type": "websocket.close", "code": 1011})
+            elif self.method != "WEBSOCKET" and self.status == 0:
+                await error.response(self.request_id)(self.scope, self.receive, self.send)
 
     def log(self) -> None:
         """One line. The path is percent-encoded, so that it cannot forge another line, and has no query."""
@@ -1332,14 +1343,9 @@ def explain(error: Exception, path: str = "") -> ApiError:
         500: ("internal_error", "Something failed here; the log knows more by this request_id."),
     }
     status = getattr(error, "status_code", 500)
-    return ApiError(status, *known[status], headers=allowed(path) if status == 405 else None)
-
-
-def allowed(path: str) -> dict[str, str]:
-    """Every method of a path, whichever route answers it. Ref: RFC 9110 §10.2.1."""
     here = [route.methods or set() for route in iter_route_contexts(app.routes) if route.path_regex.match(path)]
-    methods = {"HEAD" if method == "GET" else method for method in set().union(*here)} | set().union(*here)
-    return {"Allow": ", ".join(sorted(methods))}
+    allow = {method for methods in here for method in (methods | {"HEAD"} if "GET" in methods else methods)}
+    return ApiError(status, *known[status], {"Allow": ", ".join(sorted(allow))} if status == 405 else None)
 
 
 async def on_error(request: Request, error: Exception) -> Response:
@@ -1470,12 +1476,7 @@ async def log_in(body: Credentials, issuer: Issuer) -> TokenPair:
 
 @auth.post("/token", openapi_extra={"x-rate-limit": "login"})
 async def log_in_by_form(form: Annotated[OAuth2PasswordRequestForm, Depends()], issuer: Issuer) -> TokenPair:
-    """The same as an OAuth 2 password form, for the Authorize button of /docs.
-
-    Errors: 401 invalid_credentials; 403 account_disabled
-    Limit: login per address; account, failures only
-    Ref: RFC 6749 §4.3
-    """
+    """The same, errors and limits included, as an OAuth 2 password form. Ref: RFC 6749 §4.3."""
     return await issuer.log_in(form.username, form.password)
 
 
