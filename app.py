@@ -120,7 +120,7 @@ def rate(text: str) -> limits.RateLimitItem:
 
 def networks(text: str) -> str:
     """Addresses and networks, or `*`. Errors: ValueError, because a typo here would merge all callers into one."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts = text.replace(" ", "").split(",") if text else []
     return ",".join(part if part == "*" else str(ipaddress.ip_network(part)) for part in parts)
 
 
@@ -228,8 +228,7 @@ def sqlite_engine(path: Path, begin: str, pool_size: int, *pragmas: str) -> Asyn
     engine = create_async_engine(url, connect_args={"isolation_level": None}, pool_size=pool_size, max_overflow=0)
 
     @sa.event.listens_for(engine.sync_engine, "connect")
-    def configure(connection: Any, _record: object) -> None:
-        """Once for each connection."""
+    def _configure(connection: Any, _record: object) -> None:
         for pragma in ("busy_timeout=10000", "journal_mode=WAL", "foreign_keys=ON", *pragmas):
             connection.execute(f"PRAGMA {pragma}").close()
 
@@ -843,8 +842,6 @@ Answering = Annotated[Reply, Depends()]
 # included router. So one route class asks SlowAPI's limiter itself, before the body is read: no broken
 # body and no spelling of a path escapes the count, and section 10 writes the result on every answer.
 
-limiter = Limiter(lambda request: bucket_key(request.scope, None), strategy="moving-window")
-
 
 def client_address(scope: Scope) -> str:
     """Where the caller is; behind a proxy only if it is one of TRUSTED_PROXIES (section 10)."""
@@ -864,6 +861,9 @@ def address_key(address: str) -> str:
 def bucket_key(scope: Scope, user: Row | None) -> str:
     """Whose bucket a request counts against: its user's, or its address's when anonymous."""
     return f"user {user.id}" if user else address_key(client_address(scope))
+
+
+limiter = Limiter(lambda request: bucket_key(request.scope, None), strategy="moving-window")
 
 
 def window(name: str, key: str) -> tuple[int, float, dict[str, str]]:
@@ -908,8 +908,7 @@ class Route(APIRoute):
         types = r"application/x-www-form-urlencoded|multipart/form-data" if is_form else r"application/(.+\+)?json"
         hint = "a form: curl -d" if is_form else "JSON: curl --json, or Content-Type: application/json"
 
-        async def guarded(request: Request) -> Response:
-            """What comes before the body."""
+        async def _guarded(request: Request) -> Response:
             user = request.state.user = await authenticate(request.headers.get("authorization"))
             counts = {extra: bucket_key(request.scope, None)} if extra else {}
             enforce(request.scope, counts | {bucket: bucket_key(request.scope, user)})
@@ -921,7 +920,7 @@ class Route(APIRoute):
                 raise ApiError(415, "unsupported_media_type", f"Send {hint}.")
             return await handle(request)
 
-        return guarded
+        return _guarded
 
 
 router = functools.partial(APIRouter, route_class=Route)
@@ -1033,6 +1032,8 @@ class Stream:
         while not self.closing[0]:
             self.wake.clear()
             for change in await self.missed():
+                if self.closing[0]:
+                    return
                 self.cursor = change.seq
                 yield change
             if self.cursor >= feeds[self.user_id].last:
@@ -1233,33 +1234,33 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     await database.close()
 
 
+def explain(error: Exception, path: str = "") -> ApiError:
+    """Whatever was raised, as the error that a client sees. What they sent is not repeated."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestValidationError):
+        if any(each["type"] == "json_invalid" for each in error.errors()):
+            return ApiError(400, "invalid_json", "The body is not valid JSON.")
+        names = [".".join(map(str, each["loc"][1:] or each["loc"])) for each in error.errors()]
+        return invalid(*zip(names, [each["msg"].removeprefix("Value error, ") for each in error.errors()], strict=True))
+    if isinstance(error, sa.exc.OperationalError | sa.exc.TimeoutError):
+        return ApiError(503, "database_unavailable", "The database does not answer; try again.", {"Retry-After": "5"})
+    known = {
+        400: ("invalid_json", "The body cannot be read."),
+        404: ("not_found", "No such path. All of them stand in /docs."),
+        405: ("method_not_allowed", "This path has other methods: see Allow."),
+        500: ("internal_error", "Something failed here; the log knows more by this request_id."),
+    }
+    status = getattr(error, "status_code", 500)
+    if status != 405:
+        return ApiError(status, *known[status])
+    here = [route.methods or set() for route in iter_route_contexts(app.routes) if route.path_regex.match(path)]
+    allow = {method for methods in here for method in (methods | {"HEAD"} if "GET" in methods else methods)}
+    return ApiError(405, *known[405], {"Allow": ", ".join(sorted(allow))})
+
+
 class SlowClient(Exception):
     """The peer has taken nothing for SEND_SECONDS."""
-
-
-class Gateway:
-    """The outermost ASGI layer: what holds for every request and socket, whatever happens inside."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run one request: a write to its end even if cancelled, a failure into an error with the request's id."""
-        if scope["type"] == "lifespan":
-            return await self.app(scope, receive, send)
-        exchange = Exchange(scope, receive, send)
-        try:
-            run = self.app(exchange.scope, exchange.receive, exchange.send)
-            await (run if exchange.method in ("GET", "HEAD", "WEBSOCKET") else shielded(run))
-        except WebSocketDisconnect:
-            log.debug("%s the client is gone", exchange.request_id)
-        except asyncio.CancelledError:
-            await exchange.fail(ApiError(503, "server_stopping", "The server is stopping.", {"Retry-After": "5"}))
-        except Exception as error:
-            log.exception("%s failed", exchange.request_id)
-            await exchange.fail(explain(error))
-        finally:
-            exchange.log()
 
 
 class Exchange:
@@ -1325,27 +1326,29 @@ class Exchange:
         log.info(line.format(**entry), extra={"fields": entry})
 
 
-def explain(error: Exception, path: str = "") -> ApiError:
-    """Whatever was raised, as the error that a client sees. What they sent is not repeated."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, RequestValidationError):
-        if any(each["type"] == "json_invalid" for each in error.errors()):
-            return ApiError(400, "invalid_json", "The body is not valid JSON.")
-        names = [".".join(map(str, each["loc"][1:] or each["loc"])) for each in error.errors()]
-        return invalid(*zip(names, [each["msg"].removeprefix("Value error, ") for each in error.errors()], strict=True))
-    if isinstance(error, sa.exc.OperationalError | sa.exc.TimeoutError):
-        return ApiError(503, "database_unavailable", "The database does not answer; try again.", {"Retry-After": "5"})
-    known = {
-        400: ("invalid_json", "The body cannot be read."),
-        404: ("not_found", "No such path. All of them stand in /docs."),
-        405: ("method_not_allowed", "This path has other methods: see Allow."),
-        500: ("internal_error", "Something failed here; the log knows more by this request_id."),
-    }
-    status = getattr(error, "status_code", 500)
-    here = [route.methods or set() for route in iter_route_contexts(app.routes) if route.path_regex.match(path)]
-    allow = {method for methods in here for method in (methods | {"HEAD"} if "GET" in methods else methods)}
-    return ApiError(status, *known[status], {"Allow": ", ".join(sorted(allow))} if status == 405 else None)
+class Gateway:
+    """The outermost ASGI layer: what holds for every request and socket, whatever happens inside."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run one request: a write to its end even if cancelled, a failure into an error with the request's id."""
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        exchange = Exchange(scope, receive, send)
+        try:
+            run = self.app(exchange.scope, exchange.receive, exchange.send)
+            await (run if exchange.method in ("GET", "HEAD", "WEBSOCKET") else shielded(run))
+        except WebSocketDisconnect:
+            log.debug("%s the client is gone", exchange.request_id)
+        except asyncio.CancelledError:
+            await exchange.fail(ApiError(503, "server_stopping", "The server is stopping.", {"Retry-After": "5"}))
+        except Exception as error:
+            log.exception("%s failed", exchange.request_id)
+            await exchange.fail(explain(error))
+        finally:
+            exchange.log()
 
 
 async def on_error(request: Request, error: Exception) -> Response:
@@ -1862,6 +1865,7 @@ async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = No
 
 
 admin = router(prefix=f"{API}/admin", tags=["admin"])
+AdminFilters = Annotated[AdminTaskQuery, Query()]
 
 
 @admin.get("/users")
@@ -1876,9 +1880,6 @@ async def read_user(user_id: Id, _admin: AdminUser) -> UserPublic:
     for row in await fetch(sa.select(users).where(users.c.id == user_id)):
         return UserPublic(**row._mapping)
     raise not_found("user", user_id)
-
-
-AdminFilters = Annotated[AdminTaskQuery, Query()]
 
 
 @admin.get("/tasks")
