@@ -29,7 +29,6 @@ Notation
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "aiosqlite==0.22.1",
 #   "bcrypt==5.0.0",
 #   "fastapi==0.163.2",
 #   "fastapi-offline==1.7.7",
@@ -42,7 +41,7 @@ Notation
 #   "pytest==9.2.0",
 #   "python-multipart==0.0.34",
 #   "slowapi==0.1.10",
-#   "sqlalchemy[asyncio]==2.1.9",
+#   "sqlalchemy==2.1.9",
 #   "sqlmodel==0.0.50",
 #   "starlette==1.10.0",
 #   "uvicorn==0.54.0",
@@ -67,7 +66,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from math import ceil
@@ -91,7 +90,6 @@ from fastapi_offline import FastAPIOffline
 from pydantic import MISSING, AfterValidator, BeforeValidator, SecretStr, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from slowapi import Limiter
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlmodel import Field, SQLModel
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -100,8 +98,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 VERSION = "1.0.0"
 API = "/api/v1"
-MAX_ID = 2**63 - 1
-"""SQLite and PostgreSQL integers end here; one more is an OverflowError in the driver."""
+MAX_ID = 2**63 - 1  # SQLite and PostgreSQL integers end here; one more is an OverflowError in the driver.
 
 log = logging.getLogger("onefile_tasks")
 T = TypeVar("T")
@@ -120,7 +117,7 @@ def rate(text: str) -> limits.RateLimitItem:
 
 def networks(text: str) -> str:
     """Addresses and networks, or `*`. Errors: ValueError, because a typo here would merge all callers into one."""
-    parts = text.replace(" ", "").split(",") if text else []
+    parts = [part for part in text.replace(" ", "").split(",") if part]
     return ",".join(part if part == "*" else str(ipaddress.ip_network(part)) for part in parts)
 
 
@@ -217,27 +214,40 @@ def resync_required() -> ApiError:
 
 
 # ── 3 Database ──────────────────────────────────────────────────────────────────────────────────
-# SQLite has one writer at a time. So has this program: one connection, whose transactions start with
-# BEGIN IMMEDIATE, so that they wait their turn instead of failing in the middle. Readers are a pool
-# beside it (WAL lets them go on while somebody writes) and cannot write at all.
+# Work on the database is a plain function of a connection, run in a thread that belongs to it: four threads
+# read, one writes. SQLite has one writer at a time, so this program has one, too; readers go on beside it
+# (WAL) and cannot write at all. A request that is cancelled never tears a function from its transaction.
 
 
-def sqlite_engine(path: Path, begin: str, pool_size: int, *pragmas: str) -> AsyncEngine:
+def sqlite_engine(path: Path, begin: str, pool_size: int, *pragmas: str) -> sa.Engine:
     """An engine on one file: connections are configured by `pragmas`, transactions start with `begin`."""
-    url = sa.URL.create("sqlite+aiosqlite", database=str(path))
-    engine = create_async_engine(url, connect_args={"isolation_level": None}, pool_size=pool_size, max_overflow=0)
+    url = sa.URL.create("sqlite", database=str(path))
+    engine = sa.create_engine(url, connect_args={"isolation_level": None}, pool_size=pool_size, max_overflow=0)
 
-    @sa.event.listens_for(engine.sync_engine, "connect")
+    @sa.event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: object) -> None:
         for pragma in ("busy_timeout=10000", "journal_mode=WAL", "foreign_keys=ON", *pragmas):
-            connection.execute(f"PRAGMA {pragma}").close()
+            connection.execute(f"PRAGMA {pragma}")
 
-    sa.event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql(begin))
+    sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(begin))
     return engine
 
 
+def within(engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
+    """Run a function in a transaction of its own."""
+    with engine.begin() as db:
+        return work(db)
+
+
+async def in_thread(pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
+    """Run a function beside the event loop; it ends even if the caller is cancelled."""
+    return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
+
+
 class Database:
-    """The open database: `read()` for a snapshot, `write()` for a durable transaction."""
+    """The open database: `read` runs a function in a snapshot, `write` in a durable transaction."""
+
+    readers, writers = ThreadPoolExecutor(4, "reader"), ThreadPoolExecutor(1, "writer")
 
     def open(self, directory: Path) -> None:
         """Open or create `tasks.db` in `directory`, readable by its owner alone. Errors: OSError."""
@@ -248,43 +258,31 @@ class Database:
         # FULL: an acknowledged write survives a power cut, not only a crash of this process.
         self.writer = sqlite_engine(path, "BEGIN IMMEDIATE", 1, "synchronous=FULL")
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Close every connection."""
-        await self.reader.dispose()
-        await self.writer.dispose()
+        self.reader.dispose()
+        self.writer.dispose()
 
-    def read(self) -> contextlib.AbstractAsyncContextManager[AsyncConnection]:
-        """A snapshot: everything read inside is of one moment."""
-        return self.reader.connect()
+    async def read(self, work: Callable[[sa.Connection], T]) -> T:
+        """A snapshot: everything that `work` reads is of one moment."""
+        return await in_thread(self.readers, within, self.reader, work)
 
-    def write(self) -> contextlib.AbstractAsyncContextManager[AsyncConnection]:
-        """A transaction: committed when the block ends, before any answer leaves, or rolled back."""
-        return self.writer.begin()
+    async def write(self, work: Callable[[sa.Connection], T]) -> T:
+        """A transaction: committed before this returns, and so before any answer leaves, or rolled back."""
+        return await in_thread(self.writers, within, self.writer, work)
 
 
 database = Database()
-unfinished: set[asyncio.Future[Any]] = set()
 
 
 async def fetch(statement: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
     """All rows of one query."""
-    async with database.read() as db:
-        rows: Sequence[sa.Row[Any]] = (await db.execute(statement)).all()
-    return rows
+    return await database.read(lambda db: db.execute(statement).all())
 
 
 async def execute(statement: sa.Update | sa.Delete) -> int:
     """One statement, committed. Returns how many rows it met."""
-    async with database.write() as db:
-        return (await db.execute(statement)).rowcount
-
-
-def shielded(work: Awaitable[T]) -> Awaitable[T]:
-    """Run to the end even if the caller is cancelled: a connection torn from a transaction stays locked."""
-    task = asyncio.ensure_future(work)
-    unfinished.add(task)
-    task.add_done_callback(unfinished.discard)
-    return asyncio.shield(task)
+    return await database.write(lambda db: db.execute(statement).rowcount)
 
 
 # ── 4 Tables ────────────────────────────────────────────────────────────────────────────────────
@@ -352,7 +350,7 @@ class RefreshTokens(Answer, table=True):
 
 
 class TaskPublic(Answer):
-    """A task. `version` is its ETag and its place in the order of its owner's changes."""
+    """A task, in the trash if `deleted_at` is set. `version` is its ETag and its place among its owner's changes."""
 
     id: int = Field(primary_key=True)
     title: str
@@ -368,7 +366,6 @@ class TaskPublic(Answer):
     created_at: datetime
     updated_at: datetime
     deleted_at: datetime | None
-    """When it went to the trash; such a row is the tombstone of a task."""
 
 
 class Tasks(TaskPublic, table=True):
@@ -784,19 +781,18 @@ def whole_number(text: str) -> str:
 Id = Annotated[int, BeforeValidator(whole_number), params.Path(le=MAX_ID)]
 
 
-async def find_task(db: AsyncConnection, task_id: int, owner_id: int, trashed: bool = False) -> TaskPublic:
+def find_task(db: sa.Connection, task_id: int, owner_id: int, trashed: bool = False) -> TaskPublic:
     """One task of one owner, in the trash or out of it. Errors: 404."""
     place = tasks.c.deleted_at.is_not(None) if trashed else tasks.c.deleted_at.is_(None)
     mine = sa.select(*public_task).where(tasks.c.id == task_id, tasks.c.owner_id == owner_id, place)
-    if row := (await db.execute(mine)).one_or_none():
+    if row := db.execute(mine).one_or_none():
         return TaskPublic(**row._mapping)
     raise not_found("task", task_id)
 
 
 async def owned_task(task_id: Id, user: CurrentUser) -> TaskPublic:
     """The caller's task, not in the trash. Errors: 404 absent or not yours."""
-    async with database.read() as db:
-        return await find_task(db, task_id, user.id)
+    return await database.read(lambda db: find_task(db, task_id, user.id))
 
 
 OwnedTask = Annotated[TaskPublic, Depends(owned_task)]
@@ -822,16 +818,16 @@ class Reply:
 
     async def page(self, query: PageQuery, model: type[Item], statement: sa.Select[Any]) -> Page[Item]:
         """One page of a query, its total, and the Link header. Ref: RFC 8288."""
-        async with database.read() as db:
-            total = await db.scalar(sa.select(sa.func.count()).select_from(statement.order_by(None).subquery())) or 0
-            rows = await db.execute(statement.limit(query.page_size).offset((query.page - 1) * query.page_size))
-            data = [model(**row._mapping) for row in rows]
+        count = sa.select(sa.func.count()).select_from(statement.order_by(None).subquery())
+        cut = statement.limit(query.page_size).offset((query.page - 1) * query.page_size)
+        total, rows = await database.read(lambda db: (db.scalar(count) or 0, db.execute(cut).all()))
         pages = max(1, ceil(total / query.page_size))
         places = {"first": 1, "prev": min(query.page - 1, pages), "next": query.page + 1, "last": pages}
         kept = [pair for pair in self.request.query_params.multi_items() if pair[0] != "page"]
         url = f"{self.path}?{urlencode([*kept, ('page', '')])}"
         self.headers["Link"] = ", ".join(f'<{url}{n}>; rel="{rel}"' for rel, n in places.items() if 1 <= n <= pages)
-        return Page(data=data, meta=PageMeta(page=query.page, page_size=query.page_size, total=total, pages=pages))
+        meta = PageMeta(page=query.page, page_size=query.page_size, total=total, pages=pages)
+        return Page(data=[model(**row._mapping) for row in rows], meta=meta)
 
 
 Answering = Annotated[Reply, Depends()]
@@ -894,10 +890,9 @@ def enforce(scope: Scope, buckets: dict[str, str]) -> None:
 
 
 class Route(APIRoute):
-    """Every route of the API: who asks, the count, the query's names and the media type come before the body.
+    """Every route of the API: who asks, the count, the query's names and the media type come before the body."""
 
-    `openapi_extra={"x-rate-limit": "login"}` counts a route against RATE_LIMIT_LOGIN too, per address; "none" frees it.
-    """
+    # openapi_extra={"x-rate-limit": "login"} counts a route against RATE_LIMIT_LOGIN too, per address; "none" frees it.
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler, guarded. Errors: 415; 422 unknown query parameter; 429. Ref: RFC 9110 §15.5.16."""
@@ -933,8 +928,7 @@ router = functools.partial(APIRouter, route_class=Route)
 RING_SIZE = 256
 BATCH = 500
 IDLE_SECONDS = 15.0
-POLL_SECONDS = 2.0
-"""How late a stream notices another process's changes, a logout or a disabled account."""
+POLL_SECONDS = 2.0  # How late a stream notices another process's changes, a logout or a disabled account.
 
 
 class Change(NamedTuple):
@@ -965,10 +959,10 @@ class Marks(NamedTuple):
 
 async def changes_after(user_id: int, since: int, limit: int = BATCH) -> Marks:
     """`version > since ORDER BY version`, deletions included, in one snapshot. Errors: 401 if the user is gone."""
+    this = sa.select(users.c.seq, users.c.purged_seq).where(users.c.id == user_id)
     changed = sa.select(*public_task).where(tasks.c.owner_id == user_id, tasks.c.version > since)
-    async with database.read() as db:
-        user = (await db.execute(sa.select(users.c.seq, users.c.purged_seq).where(users.c.id == user_id))).one_or_none()
-        rows = (await db.execute(changed.order_by(tasks.c.version).limit(limit))).all()
+    ordered = changed.order_by(tasks.c.version).limit(limit)
+    user, rows = await database.read(lambda db: (db.execute(this).one_or_none(), db.execute(ordered).all()))
     if user is None:
         raise unauthorized()
     return Marks(user.seq, user.purged_seq, [TaskPublic(**row._mapping) for row in rows])
@@ -1020,7 +1014,7 @@ class Stream:
         first = max(self.replay_until, feed.ring[0].seq - 1 if feed.ring else feed.last)
         if self.cursor >= first and not self.stale:
             return [change for change in feed.ring if change.seq > self.cursor]
-        marks = await shielded(changes_after(self.user_id, self.cursor))
+        marks = await changes_after(self.user_id, self.cursor)
         feed.observe(marks.seq)
         if self.stale or marks.stale(self.cursor, self.known_purge):
             self.stale, self.known_purge = False, marks.purged_seq
@@ -1052,7 +1046,7 @@ async def open_stream(user: Row, since: int | None, client_id: str | None = None
     feed.streams.add(stream)
     try:
         # Registered first, looked second: a commit in between is noticed by one or the other.
-        marks = await shielded(changes_after(user.id, MAX_ID))
+        marks = await changes_after(user.id, MAX_ID)
         feed.observe(marks.seq)
         stream.stale = since is not None and marks.stale(since)
         stream.cursor = marks.seq if since is None or stream.stale else since
@@ -1079,11 +1073,11 @@ async def look_around() -> None:
 class Transaction:
     """A change of one user's tasks, at the `seq` that it took."""
 
-    def __init__(self, db: AsyncConnection, user_id: int, seq: int) -> None:
+    def __init__(self, db: sa.Connection, user_id: int, seq: int) -> None:
         self.db, self.user_id, self.seq = db, user_id, seq
         self.change = Change(seq, "purged", "")
 
-    async def save(self, before: TaskPublic | None, values: dict[str, Any]) -> TaskPublic:
+    def save(self, before: TaskPublic | None, values: dict[str, Any]) -> TaskPublic:
         """Write a new task, or new values of one, with all that follows from them."""
         moment = now()
         merged = (before.model_dump() if before else {"completed_at": None}) | values
@@ -1092,33 +1086,36 @@ class Transaction:
         merged["search_text"] = folded(f"{merged['title']}\x1f{merged['description'] or ''}")
         new = {"owner_id": self.user_id, "attachments": 0, "created_at": moment} | merged
         written: Any = sa.update(tasks).where(tasks.c.id == before.id) if before else sa.insert(tasks)
-        row = (await self.db.execute(written.values(merged if before else new).returning(*public_task))).one()
+        row = self.db.execute(written.values(merged if before else new).returning(*public_task)).one()
         task = TaskPublic(**row._mapping)
         self.change = change_of(task, "updated" if before else "created")
         return task
 
-    async def purge(self, until: datetime) -> int:
+    def purge(self, until: datetime) -> int:
         """Delete the trash up to a moment for good, and remember the highest seq removed. Returns how many."""
         old = (tasks.c.owner_id == self.user_id) & (tasks.c.deleted_at <= until)
-        highest = await self.db.scalar(sa.select(sa.func.max(tasks.c.version)).where(old))
+        highest = self.db.scalar(sa.select(sa.func.max(tasks.c.version)).where(old))
         if highest is not None:
             behind = (users.c.id == self.user_id) & (users.c.purged_seq < highest)
-            await self.db.execute(sa.update(users).where(behind).values(purged_seq=highest))
-        return (await self.db.execute(sa.delete(tasks).where(old))).rowcount
+            self.db.execute(sa.update(users).where(behind).values(purged_seq=highest))
+        return self.db.execute(sa.delete(tasks).where(old)).rowcount
 
 
-@contextlib.asynccontextmanager
-async def changing(user_id: int) -> AsyncIterator[Transaction]:
-    """Take the user's next seq, commit, and then tell their streams. Errors: 401 if the user is gone."""
+async def changing(user_id: int, work: Callable[[Transaction], T]) -> T:
+    """Take the user's next seq, do the work, commit, and then tell their streams. Errors: 401 if the user is gone."""
     step = sa.update(users).where(users.c.id == user_id).values(seq=users.c.seq + 1).returning(users.c.seq)
-    async with database.write() as db:
-        seq = await db.scalar(step)
+
+    def transact(db: sa.Connection) -> tuple[T, Change]:
+        seq = db.scalar(step)
         if seq is None:
             raise unauthorized()
         transaction = Transaction(db, user_id, seq)
-        yield transaction
+        return work(transaction), transaction.change
+
+    result, change = await database.write(transact)
     if feed := feeds.get(user_id):
-        feed.publish(transaction.change)
+        feed.publish(change)
+    return result
 
 
 # ── 10 Application ──────────────────────────────────────────────────────────────────────────────
@@ -1166,19 +1163,19 @@ def new_user(name: str, password: str, role: str, email: str | None = None) -> d
     return secret | {"username": name, "email": email, "role": role, "is_active": True, "created_at": now()}
 
 
-async def open_database() -> None:
+def open_database() -> None:
     """Open the database, create what is missing, load the secret, create the first admin. Errors: SystemExit."""
     given = settings.admin_password.get_secret_value()
     name = valid_or_exit(lambda: a_username.validate_python(settings.admin_username), "ADMIN_USERNAME")
     password = valid_or_exit(lambda: a_password.validate_python(given or new_token()), "ADMIN_PASSWORD")
     try:
         database.open(settings.data_dir)
-        async with database.write() as db:
-            await db.run_sync(SQLModel.metadata.create_all)
+        with database.writer.begin() as db:
+            SQLModel.metadata.create_all(db)
             settings.secret_key = load_secret(settings.data_dir / "secret_key")
-            first_start = await db.scalar(sa.select(sa.func.count()).select_from(users)) == 0
+            first_start = db.scalar(sa.select(sa.func.count()).select_from(users)) == 0
             if first_start:
-                await db.execute(sa.insert(users).values(new_user(name, password, "admin")))
+                db.execute(sa.insert(users).values(new_user(name, password, "admin")))
     except (OSError, sa.exc.DatabaseError) as error:
         raise SystemExit(f"DATA_DIR: {getattr(error, 'strerror', None) or getattr(error, 'orig', error)}") from None
     if first_start and not given:
@@ -1193,8 +1190,7 @@ async def clean_up() -> None:
     ended = await execute(sa.delete(sessions).where(sessions.c.expires_at <= moment))
     used = await execute(sa.delete(refresh_tokens).where(refresh_tokens.c.expires_at <= moment))
     for (owner_id,) in await fetch(sa.select(tasks.c.owner_id).where(tasks.c.deleted_at <= oldest).distinct()):
-        async with changing(owner_id) as transaction:
-            purged += await transaction.purge(oldest)
+        purged += await changing(owner_id, lambda transaction: transaction.purge(oldest))
     last_cleanup = {"finished_at": now(), "sessions": ended, "refresh_tokens": used, "tasks": purged}
 
 
@@ -1203,7 +1199,7 @@ async def every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -
     while True:
         await asyncio.sleep(seconds)
         try:
-            await shielded(work())
+            await work()
         except Exception:
             log.exception("background work failed")
 
@@ -1222,7 +1218,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     log.setLevel(settings.log_level.upper())
     logging.getLogger("uvicorn.access").disabled = True  # It prints query strings; ours takes its place.
     logging.getLogger("uvicorn.error").addFilter(lambda record: "UTF-8" not in record.getMessage())  # A peer's fault.
-    await open_database()
+    open_database()
     print(f"  Data       {settings.data_dir.resolve() / 'tasks.db'}", flush=True)  # noqa: T201
     work = {POLL_SECONDS: look_around, CLEANUP_SECONDS: clean_up}
     background = [asyncio.create_task(every(*each)) for each in work.items()]
@@ -1230,8 +1226,8 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     end_streams()
     for task in background:
         task.cancel()
-    await asyncio.wait([*unfinished, *background], timeout=3)
-    await database.close()
+    await asyncio.wait(background)
+    await in_thread(database.writers, database.close)  # The last of that thread's work: every write has ended.
 
 
 def explain(error: Exception, path: str = "") -> ApiError:
@@ -1333,13 +1329,12 @@ class Gateway:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run one request: a write to its end even if cancelled, a failure into an error with the request's id."""
+        """Run one request, and turn a failure into an error with the request's id."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         exchange = Exchange(scope, receive, send)
         try:
-            run = self.app(exchange.scope, exchange.receive, exchange.send)
-            await (run if exchange.method in ("GET", "HEAD", "WEBSOCKET") else shielded(run))
+            await self.app(exchange.scope, exchange.receive, exchange.send)
         except WebSocketDisconnect:
             log.debug("%s the client is gone", exchange.request_id)
         except asyncio.CancelledError:
@@ -1384,7 +1379,7 @@ class TokenIssuer:
         self.address, self.agent = client_address(request.scope), request.headers.get("user-agent", "")[:200]
         response.headers["Cache-Control"] = "no-store"  # RFC 6749 §5.1
 
-    async def issue(self, db: AsyncConnection, user_id: int, session: Row | None = None) -> TokenPair:
+    def issue(self, db: sa.Connection, user_id: int, session: Row | None = None) -> TokenPair:
         """The first tokens of a new session, or the next ones of a session, which lives 180 days in all."""
         moment, token = now(), new_token()
         created_at = session.session_created_at if session else moment
@@ -1393,10 +1388,10 @@ class TokenIssuer:
         values = {"address": self.address, "user_agent": self.agent, "last_used_at": moment, "created_at": created_at}
         this = sessions.c.id == (session and session.session_id)
         written: Any = sa.update(sessions).where(this) if session else sa.insert(sessions)
-        row = await db.execute(written.values(user_id=user_id, **values, **expiry).returning(sessions.c.id))
+        row = db.execute(written.values(user_id=user_id, **values, **expiry).returning(sessions.c.id))
         session_id = row.scalar_one()
         kept = {"session_id": session_id, "token_hash": token_hash(token)} | expiry
-        await db.execute(sa.insert(refresh_tokens).values(kept))
+        db.execute(sa.insert(refresh_tokens).values(kept))
         access_token, seconds = encode_access_token(user_id, session_id), settings.access_token_minutes * 60
         return TokenPair(access_token=access_token, refresh_token=token, expires_in=seconds)
 
@@ -1412,7 +1407,7 @@ class TokenIssuer:
         here = sa.select(sessions.c.address).where(living)
         known = address_key(self.address) in {address_key(row.address) for row in await fetch(here)}
         counted = None if known or settings.rate_limits == "off" else f"session {session_id}" if session_id else key
-        matches = await in_worker(try_password, counted, password, user and user.password_hash)
+        matches = await in_thread(password_workers, try_password, counted, password, user and user.password_hash)
         return user if matches else None
 
     async def log_in(self, name: str, password: str) -> TokenPair:
@@ -1422,19 +1417,17 @@ class TokenIssuer:
             raise unauthorized("invalid_credentials", "Wrong username or password.")
         if not user.is_active:
             raise ApiError(403, "account_disabled", "This account is disabled.")
-        async with database.write() as db:
-            unchanged = (users.c.id == user.id) & (users.c.password_hash == user.password_hash)
-            if await db.scalar(sa.select(users.c.id).where(unchanged)) is None:
+        unchanged = sa.select(users.c.id).where(users.c.id == user.id, users.c.password_hash == user.password_hash)
+
+        def start(db: sa.Connection) -> TokenPair:
+            if db.scalar(unchanged) is None:
                 raise unauthorized("invalid_credentials", "The password has just changed.")
-            return await self.issue(db, user.id)
+            return self.issue(db, user.id)
+
+        return await database.write(start)
 
 
 Issuer = Annotated[TokenIssuer, Depends()]
-
-
-def in_worker(function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
-    """Run password work in its own threads, outside of the event loop."""
-    return asyncio.get_running_loop().run_in_executor(password_workers, function, *arguments)
 
 
 def try_password(account: str | None, password: str, password_hash: str | None) -> bool:
@@ -1457,14 +1450,16 @@ async def register(body: Registration, issuer: Issuer) -> Registered:
     """
     if settings.registration == "closed":
         raise ApiError(403, "registration_closed", "Registration is closed here. Ask the admin for an account.")
-    columns = await in_worker(new_user, body.username, body.password, "user", body.email)
+    columns = await in_thread(password_workers, new_user, body.username, body.password, "user", body.email)
+
+    def create(db: sa.Connection) -> Registered:
+        user = db.execute(sa.insert(users).values(columns).returning(users)).one()
+        return Registered(**issuer.issue(db, user.id).model_dump(), user=UserPublic(**user._mapping))
+
     try:
-        async with database.write() as db:
-            user = (await db.execute(sa.insert(users).values(columns).returning(users))).one()
-            tokens = await issuer.issue(db, user.id)
+        return await database.write(create)
     except sa.exc.IntegrityError:
         raise ApiError(409, "username_taken", "This username is taken.") from None
-    return Registered(**tokens.model_dump(), user=UserPublic(**user._mapping))
 
 
 @auth.post("/login", openapi_extra={"x-rate-limit": "login"})
@@ -1500,13 +1495,18 @@ async def refresh(body: RefreshRequest, issuer: Issuer) -> TokenPair:
     successor = (later.c.session_id == column.session_id) & (later.c.id > column.id) & later.c.used_at.is_not(None)
     replayed = (column.used_at < moment - timedelta(seconds=1)) | sa.exists().where(successor)
     use = sa.update(refresh_tokens).where(fresh).values(used_at=moment).returning(column.session_id)
-    async with database.write() as db:
-        session_id = await db.scalar(use)
-        session = (await db.execute(principals.where(sessions.c.id == session_id, alive()))).one_or_none()
+
+    def rotate(db: sa.Connection) -> TokenPair | None:
+        session_id = db.scalar(use)
+        session = db.execute(principals.where(sessions.c.id == session_id, alive())).one_or_none()
         if session is not None:
-            return await issuer.issue(db, session.id, session)
+            return issuer.issue(db, session.id, session)
         lost = sa.select(column.session_id).where(this, replayed)
-        await db.execute(sa.delete(sessions).where(sessions.c.id.in_(lost)))
+        db.execute(sa.delete(sessions).where(sessions.c.id.in_(lost)))
+        return None
+
+    if tokens := await database.write(rotate):
+        return tokens
     raise unauthorized("invalid_refresh_token", "This refresh token is not valid.")
 
 
@@ -1561,15 +1561,17 @@ async def update_account(body: UserUpdate, user: CurrentUser, issuer: Issuer) ->
     if body.password is not MISSING and body.current_password is not MISSING:
         if await issuer.verify(user.username, body.current_password, user.session_id) is None:
             raise ApiError(403, "wrong_password", "current_password is wrong.")
-        values["password_hash"] = await in_worker(hash_password, body.password)
+        values["password_hash"] = await in_thread(password_workers, hash_password, body.password)
         others = (sessions.c.user_id == user.id) & (sessions.c.id != user.session_id)
-    async with database.write() as db:
-        await db.execute(sa.delete(sessions).where(others))
-        changed = sa.update(users).where(users.c.id == user.id).values(id=user.id, **values).returning(users)
-        row = (await db.execute(changed)).one_or_none()
-    if row is None:
-        raise unauthorized()
-    return UserPublic(**row._mapping)
+    changed = sa.update(users).where(users.c.id == user.id).values(id=user.id, **values).returning(users)
+
+    def change(db: sa.Connection) -> Row | None:
+        db.execute(sa.delete(sessions).where(others))
+        return db.execute(changed).one_or_none()
+
+    if row := await database.write(change):
+        return UserPublic(**row._mapping)
+    raise unauthorized()
 
 
 @account.delete("", status_code=204)
@@ -1581,10 +1583,13 @@ async def delete_account(user: CurrentUser) -> None:
     if now() - user.session_created_at > timedelta(minutes=10):
         raise ApiError(403, "login_again", "Log in again: this needs a session younger than 10 minutes.")
     admins = sa.select(users.c.id).where(users.c.role == "admin", users.c.is_active)
-    async with database.write() as db:
-        if list(await db.scalars(admins)) == [user.id]:
+
+    def leave(db: sa.Connection) -> None:
+        if list(db.scalars(admins)) == [user.id]:
             raise ApiError(409, "last_admin", "The last active admin stays.")
-        await db.execute(sa.delete(users).where(users.c.id == user.id))
+        db.execute(sa.delete(users).where(users.c.id == user.id))
+
+    await database.write(leave)
 
 
 todo = router(prefix=f"{API}/tasks", tags=["tasks"])
@@ -1593,18 +1598,18 @@ ORDER = {"status": ("todo", "in_progress", "done"), "priority": ("low", "medium"
 
 def filtered(query: TaskQuery) -> sa.Select[Any]:
     """The WHERE and ORDER BY of a TaskQuery. Ties break by id, so that pages never overlap."""
-    column, moment = tasks.c, now()
+    column, late = tasks.c, ~tasks.c.completed & (tasks.c.due_date < now())
     place = column.deleted_at.is_not(None) if query.deleted else column.deleted_at.is_(None)
-    terms = {
-        "status": column.status.in_(query.status),
-        "priority": column.priority.in_(query.priority),
-        "completed": column.completed == query.completed,
-        "search": column.search_text.contains(folded(query.search or ""), autoescape=True),
-        "due_before": column.due_date <= (query.due_before or moment),
-        "due_after": column.due_date >= (query.due_after or moment),
-        "overdue": sa.func.coalesce(~column.completed & (column.due_date < moment), sa.false()) == query.overdue,
+    terms: dict[str, Callable[[Any], Any]] = {
+        "status": column.status.in_,
+        "priority": column.priority.in_,
+        "completed": lambda completed: column.completed == completed,
+        "search": lambda search: column.search_text.contains(folded(search), autoescape=True),
+        "due_before": lambda moment: column.due_date <= moment,
+        "due_after": lambda moment: column.due_date >= moment,
+        "overdue": lambda overdue: sa.func.coalesce(late, sa.false()) == overdue,
     }
-    wanted = [term for name, term in terms.items() if getattr(query, name) not in (None, [])]
+    wanted = [build(value) for name, build in terms.items() if (value := getattr(query, name)) not in (None, [])]
     key: Any = column.search_text if query.sort == "title" else column[query.sort]
     if query.sort in ORDER:
         key = sa.case({name: place for place, name in enumerate(ORDER[query.sort])}, value=key)
@@ -1631,8 +1636,7 @@ async def list_tasks(user: CurrentUser, query: Annotated[TaskQuery, Query()], re
 @todo.post("", status_code=201)
 async def create_task(user: CurrentUser, body: TaskCreate, reply: Answering) -> TaskPublic:
     """Create a task. `Location` is its path, `ETag` its version."""
-    async with changing(user.id) as transaction:
-        task = await transaction.save(None, body.values())
+    task = await changing(user.id, lambda transaction: transaction.save(None, body.values()))
     reply.headers.update({"Location": f"{reply.path}/{task.id}", "ETag": f'"{task.version}"'})
     return task
 
@@ -1688,7 +1692,6 @@ async def stream_events(stream: Annotated[Stream, Depends(event_stream)]) -> Str
     `Last-Event-ID` or `since` resumes; without either it starts now. A comment comes every 15 s.
 
     Errors: 410 resync_required
-    Ref: HTML Living Standard §9.2
     """
     unbuffered = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(event_lines(stream), headers=unbuffered, media_type="text/event-stream")
@@ -1706,9 +1709,9 @@ async def read_statistics(user: CurrentUser) -> Statistics:
     mine = (column.owner_id == user.id) & column.deleted_at.is_(None)
     days = [moment.date() - timedelta(days=back) for back in reversed(range(30))]
     recent = mine & (column.completed_at >= datetime.combine(days[0], datetime.min.time(), UTC))
-    async with database.read() as db:
-        count = (await db.execute(sa.select(*counted).where(mine))).one()._mapping
-        per_day = Counter(at.date() for at in await db.scalars(sa.select(column.completed_at).where(recent)))
+    numbers, finished = sa.select(*counted).where(mine), sa.select(column.completed_at).where(recent)
+    row, moments = await database.read(lambda db: (db.execute(numbers).one(), db.scalars(finished).all()))
+    count, per_day = row._mapping, Counter(each.date() for each in moments)
     return Statistics(
         **{name: count[name] for name in ("total", "overdue", "due_in_7_days")},
         by_status={name: count[name] for name in ORDER["status"]},
@@ -1721,8 +1724,7 @@ async def read_statistics(user: CurrentUser) -> Statistics:
 @todo.delete("/trash", status_code=204)
 async def empty_trash(user: CurrentUser) -> None:
     """Delete the caller's trash for good, now."""
-    async with changing(user.id) as transaction:
-        await transaction.purge(now())
+    await changing(user.id, lambda transaction: transaction.purge(now()))
 
 
 @todo.get("/{task_id}")
@@ -1743,11 +1745,14 @@ class TaskEdit:
 
     async def save(self, values: dict[str, Any], trashed: bool = False) -> TaskPublic:
         """Find, check, write. Errors: 404 absent, not yours or on the other side of the trash; 412 stale version."""
-        async with changing(self.user.id) as transaction:
-            before = await find_task(transaction.db, self.task_id, self.user.id, trashed)
+
+        def edit(transaction: Transaction) -> TaskPublic:
+            before = find_task(transaction.db, self.task_id, self.user.id, trashed)
             if self.if_match is not None and not etag_matches(self.if_match, f'"{before.version}"'):
                 raise ApiError(412, "version_mismatch", f'The task is at version "{before.version}" now.')
-            task = await transaction.save(before, values)
+            return transaction.save(before, values)
+
+        task = await changing(self.user.id, edit)
         self.reply.headers["ETag"] = f'"{task.version}"'
         return task
 
@@ -1905,10 +1910,9 @@ async def read_health_detailed() -> HealthDetailed:
     began = time.perf_counter()
     await fetch(sa.select(1))
     figures: Any = {"engine": "sqlite", "latency_ms": round((time.perf_counter() - began) * 1000, 2)}
-    uptime, streams = int(time.monotonic() - started_at), sum(len(feed.streams) for feed in feeds.values())
-    return HealthDetailed(
-        version=VERSION, uptime_seconds=uptime, database=figures, live_connections=streams, last_cleanup=last_cleanup
-    )
+    values: Any = {"uptime_seconds": int(time.monotonic() - started_at), "last_cleanup": last_cleanup}
+    streams = sum(len(feed.streams) for feed in feeds.values())
+    return HealthDetailed(version=VERSION, database=figures, live_connections=streams, **values)
 
 
 for resource in (auth, account, todo, live, admin, health):
@@ -1935,7 +1939,8 @@ def serve(reload: bool) -> None:
     bounds = {"ws_max_size": MAX_FRAME_BYTES, "ws_per_message_deflate": False, "timeout_graceful_shutdown": 5}
     options: Any = {"host": settings.host, "port": settings.port} | quiet | bounds
     print(f"Onefile Tasks {VERSION}", flush=True)  # noqa: T201
-    asyncio.run(with_database())
+    open_database()
+    database.close()
     config = uvicorn.Config(app, **options)
     try:
         listener = None if reload else config.bind_socket()
@@ -1950,30 +1955,24 @@ def serve(reload: bool) -> None:
         return uvicorn.run("app:app", reload=True, app_dir=str(Path(__file__).parent), **options)
 
 
-async def with_database(command: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
-    """Open the database, run a command on it, close it. Errors: SystemExit."""
-    await open_database()
-    if command:
-        await command()
-    await database.close()
-
-
-async def set_password(name: str, role: str | None) -> None:
+def set_password(name: str, role: str | None) -> None:
     """Create an account, or without a role set a new password and end every session. Errors: SystemExit."""
     prompt = "Password (empty: generate one): "
     typed = getpass.getpass(prompt) if sys.stdin.isatty() else sys.stdin.readline().strip("\n")
     password = valid_or_exit(lambda: a_password.validate_python(typed or new_token()), "password")
     columns = new_user(valid_or_exit(lambda: a_username.validate_python(name), "name"), password, role or "user")
+    open_database()
     this = users.c.username_key == columns["username_key"]
-    async with database.write() as db:
-        known = await db.scalar(sa.select(users.c.id).where(this))
+    with database.writer.begin() as db:
+        known = db.scalar(sa.select(users.c.id).where(this))
         if (known is None) == (role is None):
             raise SystemExit(f"name: {name} {'is taken' if known else 'does not exist'}")
         if known is None:
-            await db.execute(sa.insert(users).values(columns))
+            db.execute(sa.insert(users).values(columns))
         else:
-            await db.execute(sa.delete(sessions).where(sessions.c.user_id == known))
-            await db.execute(sa.update(users).where(this).values(password_hash=columns["password_hash"]))
+            db.execute(sa.delete(sessions).where(sessions.c.user_id == known))
+            db.execute(sa.update(users).where(this).values(password_hash=columns["password_hash"]))
+    database.close()
     print("Done." if typed else f"Done. The password is {password}")  # noqa: T201
 
 
@@ -1989,7 +1988,7 @@ def main() -> None:
         parser.error("a command needs a name")
     if arguments.command:
         role = {"create-user": "admin" if arguments.admin else "user"}.get(arguments.command)
-        asyncio.run(with_database(functools.partial(set_password, arguments.name, role)))
+        set_password(arguments.name, role)
     else:
         serve(arguments.reload)
 

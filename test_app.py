@@ -339,12 +339,11 @@ class Server(Address):
     def sql(self, statement: Any) -> list[Any]:
         """Run a statement as another process might, and return its rows."""
 
-        async def execute() -> list[Any]:
-            async with app.database.write() as db:
-                result = await db.execute(statement)
-                return list(result) if result.returns_rows else []
+        def execute(db: sa.Connection) -> list[Any]:
+            result = db.execute(statement)
+            return list(result) if result.returns_rows else []
 
-        return self.run(execute())
+        return self.run(app.database.write(execute))
 
     def run(self, coroutine: Any) -> Any:
         """Run a coroutine of the app in the server's event loop."""
@@ -828,7 +827,7 @@ def test_401_says_how_to_authenticate(anonymous):
 
 
 def test_a_failure_is_a_500_that_tells_nothing(alice, monkeypatch):
-    def fail() -> None:
+    def fail(_work: Any) -> None:
         raise RuntimeError(SENT)
 
     monkeypatch.setattr(app.database, "read", fail)
@@ -840,7 +839,7 @@ def test_a_failure_is_a_500_that_tells_nothing(alice, monkeypatch):
 
 @pytest.mark.parametrize("path", ["/tasks", ROOT + "/health", ROOT + "/health/detailed"])
 def test_a_database_that_fails_is_a_503(alice, monkeypatch, path):
-    def fail() -> None:
+    def fail(_work: Any) -> None:
         raise sa.exc.OperationalError("SELECT 1", {}, Exception("disk I/O error"))
 
     monkeypatch.setattr(app.database, "read", fail)
@@ -1041,12 +1040,8 @@ def test_broken_http_gets_no_500(server, request_):
 # What was acknowledged is on the disk, whatever happens to a process, a request or a connection.
 
 
-def pragma(server: Server, connection: Any, name: str) -> Any:
-    async def read() -> Any:
-        async with connection() as db:
-            return await db.scalar(sa.text(f"PRAGMA {name}"))
-
-    return server.run(read())
+def pragma(server: Server, transaction: Any, name: str) -> Any:
+    return server.run(transaction(lambda db: db.scalar(sa.text(f"PRAGMA {name}"))))
 
 
 @pytest.mark.parametrize(
@@ -1058,12 +1053,8 @@ def test_every_connection_is_durable(server, name, value):
 
 
 def test_readers_cannot_write(server, alice):
-    async def write() -> None:
-        async with app.database.read() as db:
-            await db.execute(sa.delete(app.users))
-
     with pytest.raises(sa.exc.OperationalError, match="readonly"):
-        server.run(write())
+        server.run(app.database.read(lambda db: db.execute(sa.delete(app.users))))
     good(alice.get("/users/me"))
 
 
@@ -1869,7 +1860,7 @@ def test_every_answer_of_a_limited_route_carries_its_limits(alice, method, path,
 
 @pytest.mark.usefixtures("rate_limits")
 def test_a_500_carries_them_too(alice, monkeypatch):
-    def fail() -> None:
+    def fail(_work: Any) -> None:
         raise RuntimeError
 
     monkeypatch.setattr(app.database, "write", fail)
@@ -2556,7 +2547,7 @@ def test_silence_closes_with_4401(server, monkeypatch):
 
 
 def test_a_failure_closes_a_socket_with_1011(server, alice, monkeypatch):
-    def fail() -> None:
+    def fail(_work: Any) -> None:
         raise RuntimeError
 
     monkeypatch.setattr(app.database, "read", fail)
@@ -2893,7 +2884,7 @@ def test_a_path_cannot_forge_a_line(log, anonymous):
 
 
 def test_a_failure_is_logged_with_its_traceback_and_request_id(log, alice, monkeypatch, configure):
-    def fail() -> None:
+    def fail(_work: Any) -> None:
         raise RuntimeError("the reason")
 
     log.lines(1)
@@ -2908,7 +2899,7 @@ def test_a_failure_is_logged_with_its_traceback_and_request_id(log, alice, monke
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_a_traceback_follows_its_line(log, alice, monkeypatch, configure, log_format):
-    def fail() -> None:
+    def fail(_work: Any) -> None:
         raise RuntimeError("the reason")
 
     configure(log_format=log_format)
@@ -2960,7 +2951,7 @@ def test_trash_can_go_at_once(server, alice, configure):
 
 
 def test_background_work_survives_a_failure(log, alice, monkeypatch):
-    def fail() -> None:
+    def fail(_work: Any) -> None:
         raise RuntimeError("for a while")
 
     with alice.socket() as live:
@@ -3323,14 +3314,12 @@ def test_whoever_is_deleted_while_their_body_arrives_is_nobody(server, alice, me
 def test_whoever_is_deleted_between_two_queries_is_nobody(alice, monkeypatch):
     read, answered = app.database.read, []
 
-    @contextlib.asynccontextmanager
-    async def delete_after_the_first() -> Any:
+    async def delete_after_the_first(work: Any) -> Any:
         if answered:
-            async with app.database.write() as db:
-                await db.execute(sa.delete(app.users).where(app.users.c.id == alice.user["id"]))
-        async with read() as db:
-            yield db
+            gone = sa.delete(app.users).where(app.users.c.id == alice.user["id"])
+            await app.database.write(lambda db: db.execute(gone))
         answered.append(True)
+        return await read(work)
 
     monkeypatch.setattr(app.database, "read", delete_after_the_first)
     error_of(alice.get("/tasks/changes"), 401)
