@@ -1066,8 +1066,8 @@ async def look_around() -> None:
     for stream in streams:
         if stream.session_id not in seqs:
             stream.close(4401, "the session has ended")
-        elif feed := feeds.get(stream.user_id):
-            feed.observe(seqs[stream.session_id])
+        else:
+            feeds.get(stream.user_id, Feed()).observe(seqs[stream.session_id])
 
 
 class Transaction:

@@ -1781,6 +1781,31 @@ def test_head_of_a_stream_ends(alice):
     eventually(lambda: not app.feeds)
 
 
+def test_head_of_an_answer_in_pieces_has_none_of_them(anonymous):
+    path = ROOT + "/static-offline-docs/swagger-ui-bundle.js"
+    head, whole = good(anonymous.head(path)), good(anonymous.get(path))
+    assert head.content == b""
+    assert int(head.headers["Content-Length"]) == len(whole.content) > 200_000
+    good(anonymous.get(path))
+
+
+@pytest.mark.usefixtures("configure", "clock")
+def test_head_sends_one_empty_body_whatever_the_server():
+    messages = []
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    async def ask() -> None:
+        async with app.app.router.lifespan_context(app.app):
+            await straight("HEAD", "/static-offline-docs/swagger-ui-bundle.js", send=send)
+
+    asyncio.run(ask())
+    start, *bodies = messages
+    assert start["status"] == 200
+    assert bodies == [{"type": "http.response.body"}]
+
+
 def test_head_of_a_missing_task_is_404_without_a_body(alice):
     assert not good(alice.head("/tasks/7"), 404).content
 
@@ -2699,6 +2724,22 @@ def test_a_socket_that_never_reads_is_closed_and_delays_nobody(server, alice, mo
             delays.append(time.monotonic() - began)
         assert max(delays) < 1
         assert stuck.close_code() == 1013
+
+
+def test_a_session_that_ends_ends_a_replay_in_its_middle(server, alice):
+    together(4, lambda _: [alice.create(description="é" * 10_000) for _ in range(75)])
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", server.port))
+    with alice.socket("slow", since=0, sock=connection, max_queue=1) as slow:
+        good(alice.post("/auth/logout"), 204)
+        eventually(lambda: all(stream.closing[0] for feed in app.feeds.values() for stream in feed.streams))
+        seen = 0
+        with contextlib.suppress(websockets.exceptions.ConnectionClosed):
+            for seen in itertools.count():  # noqa: B007
+                slow.frame()
+        assert seen < 300
+        assert slow.close_code() == 4401
 
 
 def test_an_sse_stream_that_never_reads_is_dropped(server, alice, monkeypatch):
