@@ -62,7 +62,9 @@ import logging
 import os
 import re
 import secrets
+import signal
 import sys
+import threading
 import time
 import unicodedata
 from collections import Counter, deque
@@ -1204,10 +1206,12 @@ async def every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -
             log.exception("background work failed")
 
 
-def end_streams() -> None:
-    """The server is going away. Ref: RFC 6455 §7.4.1."""
+def end_streams(server: Any = None, *event: Any) -> None:
+    """Before the `server`'s own handler of a signal, which would wait for the streams. Ref: RFC 6455 §7.4.1."""
     for stream in [stream for feed in feeds.values() for stream in feed.streams]:
         stream.close(1001, "the server is going away")
+    if callable(server):
+        server(*event)
 
 
 @contextlib.asynccontextmanager
@@ -1220,6 +1224,8 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     logging.getLogger("uvicorn.error").addFilter(lambda record: "UTF-8" not in record.getMessage())  # A peer's fault.
     open_database()
     print(f"  Data       {settings.data_dir.resolve() / 'tasks.db'}", flush=True)  # noqa: T201
+    for number in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ():
+        signal.signal(number, functools.partial(end_streams, signal.getsignal(number)))
     work = {POLL_SECONDS: look_around, CLEANUP_SECONDS: clean_up}
     background = [asyncio.create_task(every(*each)) for each in work.items()]
     yield
@@ -1923,15 +1929,6 @@ for resource in (auth, account, todo, live, admin, health):
 # server notices within POLL_SECONDS.
 
 
-class Server(uvicorn.Server):
-    """Uvicorn, which ends the streams first: it would wait for them."""
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        """On Ctrl-C and SIGTERM."""
-        end_streams()
-        super().handle_exit(sig, frame)
-
-
 def serve(reload: bool) -> None:
     """Check the data, listen, say where, and serve until Ctrl-C or SIGTERM. Errors: SystemExit."""
     logging.getLogger("uvicorn").setLevel("WARNING")
@@ -1951,7 +1948,7 @@ def serve(reload: bool) -> None:
     print(f"  Listening  {address}   (Ctrl-C ends it)\n  Docs       {address}/docs", flush=True)  # noqa: T201
     with contextlib.suppress(KeyboardInterrupt):
         if listener:
-            return Server(config).run(sockets=[listener])
+            return uvicorn.Server(config).run(sockets=[listener])
         return uvicorn.run("app:app", reload=True, app_dir=str(Path(__file__).parent), **options)
 
 

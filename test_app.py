@@ -298,6 +298,11 @@ class Address:
         """A bare connection."""
         return socket.create_connection(("127.0.0.1", self.port), DEADLINE)
 
+    def answers(self) -> bool:
+        with contextlib.suppress(OSError), self.connect():
+            return True
+        return False
+
     def raw(self, request: bytes) -> bytes:
         """Send these bytes on a new connection, and read to its end."""
         with self.connect() as connection:
@@ -384,11 +389,6 @@ class Program(Address):
         self.port = int(re.search(r"http://\S+:(\d+)", self.said)[1])
         eventually(self.answers)
         return self
-
-    def answers(self) -> bool:
-        with contextlib.suppress(OSError), self.connect():
-            return True
-        return False
 
     def end(self, typed: str = "") -> tuple[int, str, str]:
         """What it exits with, and what it wrote to standard output and standard error."""
@@ -2784,6 +2784,26 @@ def test_the_end_is_quick_with_streams_open(program, sent):
         events.end()
         assert started.process.wait(DEADLINE) in (0, -sent)
     assert "Traceback" not in started.log.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGTERM that a process can answer")
+def test_the_end_is_quick_under_plain_uvicorn_too(tmp_path):
+    plain = Address()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        plain.port = probe.getsockname()[1]
+    here = Path(app.__file__).parent
+    command = [sys.executable, "-m", "uvicorn", "app:app", "--port", str(plain.port), "--app-dir", str(here)]
+    environment = os.environ | {"DATA_DIR": str(tmp_path / "plain"), "ADMIN_PASSWORD": ADMIN_PASSWORD}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as process, plain.closing:
+        plain.closing.callback(process.kill)
+        eventually(plain.answers)
+        admin = plain.person("admin", ADMIN_PASSWORD).log_in()
+        with admin.socket() as live, admin.events() as events:
+            process.send_signal(signal.SIGTERM)
+            assert live.close_code() in (1001, 1012)
+            events.end()
+            process.wait(DEADLINE)
 
 
 def test_a_prefix_stands_in_every_link(program):
