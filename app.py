@@ -124,7 +124,6 @@ def networks(text: str) -> str:
 
 
 RateLimit = Annotated[Any, AfterValidator(rate)]
-Proxies = Annotated[str, AfterValidator(networks)]
 
 
 class Settings(BaseSettings):
@@ -134,7 +133,7 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = pydantic.Field(default=8000, ge=0, le=65535)
-    root_path: str = pydantic.Field(default="", pattern=r"^(/[^/?#\s]+)*$")
+    root_path: str = pydantic.Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
     data_dir: Path = Path("data")
     secret_key: SecretStr = SecretStr("")
     admin_username: str = "admin"
@@ -151,7 +150,7 @@ class Settings(BaseSettings):
     rate_limit_read: RateLimit = "600/minute"
     rate_limit_write: RateLimit = "300/minute"
     max_body_kib: int = pydantic.Field(default=64, ge=1, le=65536)
-    trusted_proxies: Proxies = ""
+    trusted_proxies: Annotated[str, AfterValidator(networks)] = ""
     docs: Literal["on", "off"] = "on"
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -223,8 +222,10 @@ def resync_required() -> ApiError:
 
 def sqlite_engine(path: Path, begin: str, pool_size: int, *pragmas: str) -> sa.Engine:
     """An engine on one file: connections are configured by `pragmas`, transactions start with `begin`."""
-    url = sa.URL.create("sqlite", database=str(path))
-    engine = sa.create_engine(url, connect_args={"isolation_level": None}, pool_size=pool_size, max_overflow=0)
+    options: Any = {"connect_args": {"isolation_level": None}, "hide_parameters": True}  # A log is no place for them.
+    engine = sa.create_engine(
+        sa.URL.create("sqlite", database=str(path)), pool_size=pool_size, max_overflow=0, **options
+    )
 
     @sa.event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: object) -> None:
@@ -255,7 +256,7 @@ class Database:
         """Open or create `tasks.db` in `directory`, readable by its owner alone. Errors: OSError."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = directory / "tasks.db"
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        path.touch(0o600)
         self.reader = sqlite_engine(path, "BEGIN", 4, "query_only=ON")
         # FULL: an acknowledged write survives a power cut, not only a crash of this process.
         self.writer = sqlite_engine(path, "BEGIN IMMEDIATE", 1, "synchronous=FULL")
@@ -387,7 +388,6 @@ public_task = [tasks.c[name] for name in TaskPublic.model_fields]
 # is listed in section 4 and here, so that a password hash cannot slip into an answer.
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d:\d\d)?)?", re.I | re.ASCII)
-LEET = str.maketrans("@013457$", "aoleasts")
 COMMON_PASSWORDS = """a aa abc abcd abcdefgh access admin administrator asdf asdfasdf asdfghjk asdfghjkl azertyuiop
 baseball basketball butterfly changeme charlie chocolate computer default dragon football freedom hello helloworld
 iloveyou internet jennifer jordan killer letmein liverpool login lovelove master michael michelle monkey mypassword
@@ -407,17 +407,17 @@ def parse_time(value: object) -> datetime:
     """RFC 3339 to UTC; a naive time is UTC, a bare date its last second. Errors: ValueError."""
     if not isinstance(value, str) or not RFC3339.fullmatch(value):
         raise ValueError("must be RFC 3339, like 2026-11-20T17:00:00Z or 2026-11-20 (in a query, write + as %2B)")
-    moment = datetime.fromisoformat(value.upper() if len(value) > 10 else f"{value}T23:59:59Z")
     try:
+        moment = datetime.fromisoformat(value.upper() if len(value) > 10 else f"{value}T23:59:59Z")
         return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
-    except OverflowError:
-        raise ValueError("must lie between the years 1 and 9999") from None
+    except (OverflowError, ValueError):
+        raise ValueError("must be a moment between the years 1 and 9999") from None
 
 
 def username(text: str) -> str:
     """NFKC, then 3–50 letters and digits of any script, `.`, `_`, `-`. Errors: ValueError."""
     name = unicodedata.normalize("NFKC", text)
-    if not re.fullmatch(r"[\w.-]{3,50}", name):
+    if not 3 <= len(name) <= 50 or not all(each in "._-" or unicodedata.category(each)[0] in "LMN" for each in name):
         raise ValueError("must be 3 to 50 letters, digits, '.', '_' or '-'")
     return name
 
@@ -430,7 +430,7 @@ def folded(text: str) -> str:
 def uncommon(password: str) -> str:
     """Refuse what guessers try first: "P@ssw0rd123!" is "password". Ref: NIST SP 800-63B. Errors: ValueError."""
     stem = re.sub(r"[\W\d_]+$", "", password.casefold())
-    guesses = {password.casefold(), stem, stem.translate(LEET)}
+    guesses = {password.casefold(), stem, stem.translate(str.maketrans("@013457$", "aoleasts"))}
     if guesses & set(COMMON_PASSWORDS.split()) or len(set(password)) < 4 or (password.isdigit() and len(password) < 12):
         raise ValueError("is among the commonest; choose a longer or stranger one")
     return password
@@ -740,6 +740,11 @@ def alive() -> sa.ColumnElement[bool]:
     return (sessions.c.expires_at > now()) & users.c.is_active
 
 
+def still(user: Row) -> sa.ColumnElement[bool]:
+    """For the WHERE of a write: who asked is still logged in, however long their body took to arrive."""
+    return sa.and_(users.c.id == user.id, sa.exists().where(sessions.c.id == user.session_id, alive()))
+
+
 async def authenticate(authorization: str | None) -> Row | None:
     """The user behind an Authorization header, joined with their session, or None."""
     scheme, _, token = (authorization or "").partition(" ")
@@ -902,7 +907,7 @@ class Route(APIRoute):
         known = {p.alias for p in get_flat_params(self.dependant) if not isinstance(p.field_info, elsewhere)}
         bucket, extra = "read" if self.methods == {"GET"} else "write", (self.openapi_extra or {}).get("x-rate-limit")
         is_form = self.body_field is not None and isinstance(self.body_field.field_info, params.Form)
-        types = r"application/x-www-form-urlencoded|multipart/form-data" if is_form else r"application/(.+\+)?json"
+        types = r"application/x-www-form-urlencoded" if is_form else r"application/(.+\+)?json"
         hint = "a form: curl -d" if is_form else "JSON: curl --json, or Content-Type: application/json"
 
         async def _guarded(request: Request) -> Response:
@@ -956,7 +961,7 @@ class Marks(NamedTuple):
 
     def stale(self, since: int, known_purge: int = 0) -> bool:
         """Whether who has seen `since`, and knows of purges up to `known_purge`, has missed a deletion for ever."""
-        return since > self.seq or 0 < since < self.purged_seq != known_purge
+        return since > self.seq or (0 < since < self.purged_seq and self.purged_seq != known_purge)
 
 
 async def changes_after(user_id: int, since: int, limit: int = BATCH) -> Marks:
@@ -1013,8 +1018,8 @@ class Stream:
     async def missed(self) -> list[Change]:
         """What was not sent yet: from the ring, or for a replay and after a gap from the database."""
         feed = feeds[self.user_id]
-        first = max(self.replay_until, feed.ring[0].seq - 1 if feed.ring else feed.last)
-        if self.cursor >= first and not self.stale:
+        ring_reaches_back_to = feed.ring[0].seq - 1 if feed.ring else feed.last
+        if self.cursor >= max(self.replay_until, ring_reaches_back_to) and not self.stale:
             return [change for change in feed.ring if change.seq > self.cursor]
         marks = await changes_after(self.user_id, self.cursor)
         feed.observe(marks.seq)
@@ -1068,8 +1073,8 @@ async def look_around() -> None:
     for stream in streams:
         if stream.session_id not in seqs:
             stream.close(4401, "the session has ended")
-        else:
-            feeds.get(stream.user_id, Feed()).observe(seqs[stream.session_id])
+        elif (feed := feeds.get(stream.user_id, Feed())).last < seqs[stream.session_id]:
+            feed.observe(seqs[stream.session_id])
 
 
 class Transaction:
@@ -1103,9 +1108,9 @@ class Transaction:
         return self.db.execute(sa.delete(tasks).where(old)).rowcount
 
 
-async def changing(user_id: int, work: Callable[[Transaction], T]) -> T:
-    """Take the user's next seq, do the work, commit, and then tell their streams. Errors: 401 if the user is gone."""
-    step = sa.update(users).where(users.c.id == user_id).values(seq=users.c.seq + 1).returning(users.c.seq)
+async def changing(user_id: int, work: Callable[[Transaction], T], who: Any = True) -> T:
+    """Take the user's next seq, do the work, commit, and then tell their streams. Errors: 401 if they are gone."""
+    step = sa.update(users).where(users.c.id == user_id, who).values(seq=users.c.seq + 1).returning(users.c.seq)
 
     def transact(db: sa.Connection) -> tuple[T, Change]:
         seq = db.scalar(step)
@@ -1149,8 +1154,8 @@ def load_secret(path: Path) -> SecretStr:
     key = settings.secret_key.get_secret_value()
     if not key and not path.exists():
         new = path.with_suffix(".new")
-        with open(os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
-            file.write(new_token())
+        new.touch(0o600)
+        new.write_text(new_token())
         new.replace(path)
     key = key or path.read_text(errors="replace").strip()
     placeholder = re.search(r"change.?(me|this|it)|your.?secret|secret.?key|placeholder|example|insecure", key, re.I)
@@ -1178,10 +1183,10 @@ def open_database() -> None:
             first_start = db.scalar(sa.select(sa.func.count()).select_from(users)) == 0
             if first_start:
                 db.execute(sa.insert(users).values(new_user(name, password, "admin")))
+            if first_start and not given:
+                print(f"  Admin      {name}, password {password}   (shown only now)", flush=True)  # noqa: T201
     except (OSError, sa.exc.DatabaseError) as error:
         raise SystemExit(f"DATA_DIR: {getattr(error, 'strerror', None) or getattr(error, 'orig', error)}") from None
-    if first_start and not given:
-        print(f"  Admin      {name}, password {password}   (shown only now)", flush=True)  # noqa: T201
 
 
 async def clean_up() -> None:
@@ -1220,19 +1225,18 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     log.handlers, log.propagate = [logging.StreamHandler()], False
     log.handlers[0].setFormatter(LogFormatter())
     log.setLevel(settings.log_level.upper())
-    logging.getLogger("uvicorn.access").disabled = True  # It prints query strings; ours takes its place.
-    logging.getLogger("uvicorn.error").addFilter(lambda record: "UTF-8" not in record.getMessage())  # A peer's fault.
+    logging.getLogger("uvicorn.access").disabled = True  # It prints query strings, and so does uvicorn.error.
+    logging.getLogger("uvicorn.error").addFilter(lambda entry: not re.search('UTF-8|"WebSocket', entry.getMessage()))
     open_database()
     print(f"  Data       {settings.data_dir.resolve() / 'tasks.db'}", flush=True)  # noqa: T201
     for number in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ():
         signal.signal(number, functools.partial(end_streams, signal.getsignal(number)))
-    work = {POLL_SECONDS: look_around, CLEANUP_SECONDS: clean_up}
-    background = [asyncio.create_task(every(*each)) for each in work.items()]
+    chores = [asyncio.create_task(job) for job in (every(POLL_SECONDS, look_around), every(CLEANUP_SECONDS, clean_up))]
     yield
     end_streams()
-    for task in background:
-        task.cancel()
-    await asyncio.wait(background)
+    for chore in chores:
+        chore.cancel()
+    await asyncio.wait(chores)
     await in_thread(database.writers, database.close)  # The last of that thread's work: every write has ended.
 
 
@@ -1245,7 +1249,7 @@ def explain(error: Exception, path: str = "") -> ApiError:
             return ApiError(400, "invalid_json", "The body is not valid JSON.")
         names = [".".join(map(str, each["loc"][1:] or each["loc"])) for each in error.errors()]
         return invalid(*zip(names, [each["msg"].removeprefix("Value error, ") for each in error.errors()], strict=True))
-    if isinstance(error, sa.exc.OperationalError | sa.exc.TimeoutError):
+    if isinstance(error, sa.exc.OperationalError | sa.exc.TimeoutError) or type(error) is sa.exc.DatabaseError:
         return ApiError(503, "database_unavailable", "The database does not answer; try again.", {"Retry-After": "5"})
     known = {
         400: ("invalid_json", "The body cannot be read."),
@@ -1256,7 +1260,7 @@ def explain(error: Exception, path: str = "") -> ApiError:
     status = getattr(error, "status_code", 500)
     if status != 405:
         return ApiError(status, *known[status])
-    here = [route.methods or set() for route in iter_route_contexts(app.routes) if route.path_regex.match(path)]
+    here = [route.methods or {"GET"} for route in iter_route_contexts(app.routes) if route.path_regex.match(path)]
     allow = {method for methods in here for method in (methods | {"HEAD"} if "GET" in methods else methods)}
     return ApiError(405, *known[405], {"Allow": ", ".join(sorted(allow))})
 
@@ -1275,8 +1279,9 @@ class Exchange:
         self.request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else secrets.token_hex(8)
         self.state = {**scope.get("state", {}), "request_id": self.request_id, "user": None, "headers": {}}
         root = settings.root_path or scope.get("root_path", "")
-        path = self.path.removesuffix("/") or "/"
-        self.scope = {**scope, "state": self.state, "root_path": root, "path": root + path.removeprefix(root)}
+        path = self.path.removesuffix("/") or "/"  # A proxy may have stripped ROOT_PATH or kept it.
+        path = path if path.startswith(f"{API}/") else path.removeprefix(root)
+        self.scope = {**scope, "state": self.state, "root_path": root, "path": root + path}
         self.scope |= {"method": "GET"} if self.method == "HEAD" else {}
         self.began, self.arrived_bytes, self.status, self.complete = time.perf_counter(), 0, 0, False
 
@@ -1300,7 +1305,7 @@ class Exchange:
             message = {"type": message["type"]} if self.method == "HEAD" else message
             self.complete = not message.get("more_body")
         try:
-            async with asyncio.timeout(SEND_SECONDS):
+            async with asyncio.timeout(SEND_SECONDS + len(message.get("body", b"")) / 2**20):
                 await self.raw_send(message)
                 while self.complete and self.transport and self.transport.get_write_buffer_size():  # noqa: ASYNC110
                     await asyncio.sleep(0.1)
@@ -1371,9 +1376,9 @@ app.add_middleware(Gateway)
 app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)
 
 # ── 11 Routes ───────────────────────────────────────────────────────────────────────────────────
-# One router a resource. A docstring is the route's description in /docs. Errors that any route can give
-# (400, 401, 413, 415, 422, 429, 500, 503) stand once in the README; a docstring adds its own. A GET counts
-# against RATE_LIMIT_READ, the rest against RATE_LIMIT_WRITE; a docstring names what counts besides.
+# One router a resource. A docstring is the route's description in /docs; errors that any route can give (400,
+# 401, 413, 415, 422, 429, 500, 503) stand once in the README. A GET counts against RATE_LIMIT_READ, the rest
+# against RATE_LIMIT_WRITE; a docstring names what counts besides.
 
 auth = router(prefix=f"{API}/auth", tags=["auth"])
 
@@ -1412,7 +1417,8 @@ class TokenIssuer:
         living = (sessions.c.user_id == (user and user.id)) & (sessions.c.expires_at > now())
         here = sa.select(sessions.c.address).where(living)
         known = address_key(self.address) in {address_key(row.address) for row in await fetch(here)}
-        counted = None if known or settings.rate_limits == "off" else f"session {session_id}" if session_id else key
+        counter = f"session {session_id}" if session_id else key
+        counted = None if known or settings.rate_limits == "off" else counter
         matches = await in_thread(password_workers, try_password, counted, password, user and user.password_hash)
         return user if matches else None
 
@@ -1569,15 +1575,15 @@ async def update_account(body: UserUpdate, user: CurrentUser, issuer: Issuer) ->
             raise ApiError(403, "wrong_password", "current_password is wrong.")
         values["password_hash"] = await in_thread(password_workers, hash_password, body.password)
         others = (sessions.c.user_id == user.id) & (sessions.c.id != user.session_id)
-    changed = sa.update(users).where(users.c.id == user.id).values(id=user.id, **values).returning(users)
+    changed = sa.update(users).where(still(user)).values(values or {"is_active": True}).returning(users)
 
-    def change(db: sa.Connection) -> Row | None:
+    def change(db: sa.Connection) -> Row:
         db.execute(sa.delete(sessions).where(others))
-        return db.execute(changed).one_or_none()
+        if row := db.execute(changed).one_or_none():
+            return row
+        raise unauthorized()
 
-    if row := await database.write(change):
-        return UserPublic(**row._mapping)
-    raise unauthorized()
+    return UserPublic(**(await database.write(change))._mapping)
 
 
 @account.delete("", status_code=204)
@@ -1618,7 +1624,7 @@ def filtered(query: TaskQuery) -> sa.Select[Any]:
     wanted = [build(value) for name, build in terms.items() if (value := getattr(query, name)) not in (None, [])]
     key: Any = column.search_text if query.sort == "title" else column[query.sort]
     if query.sort in ORDER:
-        key = sa.case({name: place for place, name in enumerate(ORDER[query.sort])}, value=key)
+        key = sa.case({name: rank for rank, name in enumerate(ORDER[query.sort])}, value=key)
     order = [term.asc() if query.order == "asc" else term.desc() for term in (key, column.id)]
     undated_last = [column.due_date.is_(None)] if query.sort == "due_date" else []
     return sa.select(*public_task).where(place, *wanted).order_by(*undated_last, *order)
@@ -1642,7 +1648,7 @@ async def list_tasks(user: CurrentUser, query: Annotated[TaskQuery, Query()], re
 @todo.post("", status_code=201)
 async def create_task(user: CurrentUser, body: TaskCreate, reply: Answering) -> TaskPublic:
     """Create a task. `Location` is its path, `ETag` its version."""
-    task = await changing(user.id, lambda transaction: transaction.save(None, body.values()))
+    task = await changing(user.id, lambda transaction: transaction.save(None, body.values()), still(user))
     reply.headers.update({"Location": f"{reply.path}/{task.id}", "ETag": f'"{task.version}"'})
     return task
 
@@ -1758,7 +1764,7 @@ class TaskEdit:
                 raise ApiError(412, "version_mismatch", f'The task is at version "{before.version}" now.')
             return transaction.save(before, values)
 
-        task = await changing(self.user.id, edit)
+        task = await changing(self.user.id, edit, still(self.user))
         self.reply.headers["ETag"] = f'"{task.version}"'
         return task
 
@@ -1799,7 +1805,6 @@ async def restore_task(edit: Edit) -> TaskPublic:
 
 
 live = APIRouter()
-MAX_FRAME_BYTES = 64 * 1024
 HELLO_SECONDS = 5.0
 ClientId = Annotated[str, params.Path(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
@@ -1906,7 +1911,7 @@ health = router(prefix="/health", tags=["health"])
 @health.get("", openapi_extra={"x-rate-limit": "none"})
 async def read_health() -> Health:
     """Alive, and the database answers. Errors: 503 database_unavailable."""
-    await fetch(sa.select(1))
+    await fetch(sa.select(users.c.id).limit(1))
     return Health()
 
 
@@ -1914,7 +1919,7 @@ async def read_health() -> Health:
 async def read_health_detailed() -> HealthDetailed:
     """The same, with figures. Errors: 503 database_unavailable."""
     began = time.perf_counter()
-    await fetch(sa.select(1))
+    await fetch(sa.select(users.c.id).limit(1))
     figures: Any = {"engine": "sqlite", "latency_ms": round((time.perf_counter() - began) * 1000, 2)}
     values: Any = {"uptime_seconds": int(time.monotonic() - started_at), "last_cleanup": last_cleanup}
     streams = sum(len(feed.streams) for feed in feeds.values())
@@ -1933,7 +1938,7 @@ def serve(reload: bool) -> None:
     """Check the data, listen, say where, and serve until Ctrl-C or SIGTERM. Errors: SystemExit."""
     logging.getLogger("uvicorn").setLevel("WARNING")
     quiet = {"log_config": None, "access_log": False, "proxy_headers": False, "server_header": False}
-    bounds = {"ws_max_size": MAX_FRAME_BYTES, "ws_per_message_deflate": False, "timeout_graceful_shutdown": 5}
+    bounds = {"ws_max_size": 64 * 1024, "ws_per_message_deflate": False, "timeout_graceful_shutdown": 5}
     options: Any = {"host": settings.host, "port": settings.port} | quiet | bounds
     print(f"Onefile Tasks {VERSION}", flush=True)  # noqa: T201
     open_database()
@@ -1952,17 +1957,16 @@ def serve(reload: bool) -> None:
         return uvicorn.run("app:app", reload=True, app_dir=str(Path(__file__).parent), **options)
 
 
-def set_password(name: str, role: str | None) -> None:
+def set_account(name: str, role: str | None) -> None:
     """Create an account, or without a role set a new password and end every session. Errors: SystemExit."""
-    prompt = "Password (empty: generate one): "
-    typed = getpass.getpass(prompt) if sys.stdin.isatty() else sys.stdin.readline().strip("\n")
+    typed = getpass.getpass("Password (empty: generated): ") if sys.stdin.isatty() else sys.stdin.readline().strip("\n")
     password = valid_or_exit(lambda: a_password.validate_python(typed or new_token()), "password")
     columns = new_user(valid_or_exit(lambda: a_username.validate_python(name), "name"), password, role or "user")
     open_database()
     this = users.c.username_key == columns["username_key"]
     with database.writer.begin() as db:
         known = db.scalar(sa.select(users.c.id).where(this))
-        if (known is None) == (role is None):
+        if bool(known) == bool(role):  # A new account needs a free name, a new password a known one.
             raise SystemExit(f"name: {name} {'is taken' if known else 'does not exist'}")
         if known is None:
             db.execute(sa.insert(users).values(columns))
@@ -1985,7 +1989,7 @@ def main() -> None:
         parser.error("a command needs a name")
     if arguments.command:
         role = {"create-user": "admin" if arguments.admin else "user"}.get(arguments.command)
-        set_password(arguments.name, role)
+        set_account(arguments.name, role)
     else:
         serve(arguments.reload)
 

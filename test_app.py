@@ -837,6 +837,24 @@ def test_a_failure_is_a_500_that_tells_nothing(alice, monkeypatch):
     assert SENT not in answer.text
 
 
+@pytest.mark.parametrize("path", ["/health", "/health/detailed"])
+def test_health_looks_into_the_tables(server, anonymous, path):
+    server.sql(sa.text("ALTER TABLE users RENAME TO lost"))
+    assert error_of(anonymous.get(ROOT + path), 503)["code"] == "database_unavailable"
+
+
+def test_a_file_that_is_no_database_any_more_is_a_503(alice, tmp_path):
+    app.database.close()
+    (tmp_path / "data" / "tasks.db").write_bytes(b"something else" * 1_000)
+    assert error_of(alice.get("/tasks"), 503)["code"] == "database_unavailable"
+
+
+def test_no_log_line_shows_what_a_statement_was_given(server, alice, capsys):
+    server.sql(sa.text("ALTER TABLE refresh_tokens RENAME TO lost"))
+    error_of(alice.post("/auth/login", json={"username": "alice", "password": PASSWORD}), 503)
+    assert "parameters: (" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", ["/tasks", ROOT + "/health", ROOT + "/health/detailed"])
 def test_a_database_that_fails_is_a_503(alice, monkeypatch, path):
     def fail(_work: Any) -> None:
@@ -2273,7 +2291,8 @@ def test_sse_looks_like_the_standard_says(alice):
 
 def test_an_idle_sse_stream_sends_comments(alice, monkeypatch):
     assert app.IDLE_SECONDS == 15
-    monkeypatch.setattr(app, "IDLE_SECONDS", 0.02)
+    monkeypatch.setattr(app, "IDLE_SECONDS", 0.3)
+    assert app.POLL_SECONDS < app.IDLE_SECONDS  # looking around is nothing that a client hears of
     with alice.events() as live:
         assert next(live.blocks).keys() == {"comment"}
 
@@ -2804,6 +2823,15 @@ def test_the_end_is_quick_under_plain_uvicorn_too(tmp_path):
             assert live.close_code() in (1001, 1012)
             events.end()
             process.wait(DEADLINE)
+
+
+@pytest.mark.parametrize("kept", ["", "/api"], ids=["stripped", "kept"])
+def test_a_prefix_may_look_like_the_api(program, kept):
+    under = program(ROOT_PATH="/api").listening()
+    admin = under.person("admin", ADMIN_PASSWORD).log_in()
+    created = good(admin.post(f"{ROOT}{kept}/api/v1/tasks", json={"title": "x"}), 201)
+    assert created.headers["Location"] == "/api/api/v1/tasks/1"
+    good(admin.get(f"{ROOT}{kept}/docs"))
 
 
 def test_a_prefix_stands_in_every_link(program):
@@ -3355,10 +3383,13 @@ def test_deleting_an_account_deletes_everything_of_it(server, alice, bob, anonym
     assert server.person("alice").register().all_tasks() == {}
 
 
+@pytest.mark.parametrize("end", [("DELETE", "/users/me"), ("POST", "/auth/logout")], ids=["deleted", "logged-out"])
 @pytest.mark.parametrize(
-    ("method", "path", "body"), [("POST", "tasks", {"title": "x"}), ("PATCH", "users/me", {"email": None})]
+    ("method", "path", "body"),
+    [("POST", "tasks", {"title": "x"}), ("PUT", "tasks/1", {"title": "x"}), ("PATCH", "users/me", {"email": None})],
 )
-def test_whoever_is_deleted_while_their_body_arrives_is_nobody(server, alice, method, path, body):
+def test_whoever_ends_while_their_body_arrives_is_nobody(server, alice, method, path, body, end):
+    alice.create()
     content = json.dumps(body).encode()
     with server.connect() as connection:
         connection.sendall(
@@ -3367,7 +3398,7 @@ def test_whoever_is_deleted_while_their_body_arrives_is_nobody(server, alice, me
         )
         # The server asks for the body once it knows who is asking.
         assert connection.recv(65536).startswith(b"HTTP/1.1 100 ")
-        good(alice.delete("/users/me"), 204)
+        good(alice.request(*end), 204)
         connection.sendall(content)
         assert connection.recv(65536).startswith(b"HTTP/1.1 401 ")
 
@@ -3402,6 +3433,25 @@ def test_a_login_with_a_password_that_changes_meanwhile_fails(server, alice, mon
         server.sql(sa.update(app.users).where(app.users.c.id == alice.user["id"]).values(new))
         changed.set()
         error_of(login.result(DEADLINE), 401)
+
+
+def test_a_new_password_from_a_session_that_ends_meanwhile_is_none(alice, monkeypatch):
+    comparing, ended, check = threading.Event(), threading.Event(), bcrypt.checkpw
+
+    def slow(password: bytes, hashed: bytes) -> bool:
+        comparing.set()
+        return ended.wait(DEADLINE) and check(password, hashed)
+
+    thief = alice.again()
+    monkeypatch.setattr(bcrypt, "checkpw", slow)
+    change = {"current_password": PASSWORD, "password": "the password of a thief"}
+    with ThreadPoolExecutor(1) as pool:
+        stolen = pool.submit(thief.patch, "/users/me", json=change)
+        assert comparing.wait(DEADLINE)
+        good(alice.post("/auth/logout_all"), 204)
+        ended.set()
+        error_of(stolen.result(DEADLINE), 401)
+    alice.log_in()
 
 
 def test_deleting_an_account_takes_a_young_session(alice, clock):
