@@ -1522,7 +1522,7 @@ async def refresh(body: RefreshRequest, issuer: Issuer) -> TokenPair:
     raise unauthorized("invalid_refresh_token", "This refresh token is not valid.")
 
 
-@auth.post("/logout", status_code=204)
+@auth.post("/logout", status_code=204, dependencies=[Depends(oauth2)])
 async def log_out(request: Request, body: RefreshRequest | None = None) -> None:
     """End this session: by access token, or by refresh token when that has expired. Errors: 401 neither is valid."""
     given = refresh_tokens.c.token_hash == token_hash(body.refresh_token if body else "")
