@@ -1444,11 +1444,11 @@ Issuer = Annotated[TokenIssuer, Depends()]
 
 def try_password(account: str | None, password: str, password_hash: str | None) -> bool:
     """Compare, and count a failure against an account. Nobody's password costs the same hash. Errors: 429."""
-    rate, spent = settings.rate_limit_account, limiter.limiter
-    if account and not spent.test(rate, "account", account):
+    limit, spent = settings.rate_limit_account, limiter.limiter
+    if account and not spent.test(limit, "account", account):
         raise rate_limited("account", account)
     matches = password_matches(password, password_hash) if password_hash else not hash_password(password)
-    if account and not matches and not spent.hit(rate, "account", account):
+    if account and not matches and not spent.hit(limit, "account", account):
         raise rate_limited("account", account)
     return matches
 
