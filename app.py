@@ -29,12 +29,14 @@ Notation
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
+#   "alembic==1.20.1",
 #   "bcrypt==5.0.0",
 #   "fastapi==0.163.2",
 #   "fastapi-offline==1.7.7",
 #   "httptools==0.9.0",
 #   "httpx==0.28.1",
 #   "limits==5.8.0",
+#   "prometheus-client==0.26.0",
 #   "pydantic==2.14.3",
 #   "pydantic-settings==2.16.3",
 #   "pyjwt==2.15.1",
@@ -43,6 +45,7 @@ Notation
 #   "slowapi==0.1.10",
 #   "sqlalchemy==2.1.9",
 #   "sqlmodel==0.0.50",
+#   "standardwebhooks==1.1.0",
 #   "starlette==1.10.0",
 #   "uvicorn==0.54.0",
 #   "uvloop==0.23.0; sys_platform != 'win32'",
@@ -52,10 +55,13 @@ Notation
 
 import argparse
 import asyncio
+import codecs
 import contextlib
+import csv
 import functools
 import getpass
 import hashlib
+import io
 import ipaddress
 import json
 import logging
@@ -63,12 +69,15 @@ import os
 import re
 import secrets
 import signal
+import sqlite3
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
+from base64 import b64encode
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from math import ceil
@@ -77,15 +86,32 @@ from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar
 from urllib.parse import quote, urlencode
 
 import bcrypt
+import httpx
 import jwt
 import limits
+import prometheus_client
 import pydantic
 import sqlalchemy as sa
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response, WebSocket, params
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from fastapi import (
+    APIRouter,
+    BackgroundTasks,
+    Depends,
+    FastAPI,
+    Header,
+    HTTPException,
+    Query,
+    Request,
+    Response,
+    WebSocket,
+    params,
+)
 from fastapi.dependencies.utils import get_flat_params
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
 from fastapi_offline import FastAPIOffline
@@ -93,7 +119,10 @@ from pydantic import MISSING, AfterValidator, BeforeValidator, SecretStr, String
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from slowapi import Limiter
 from sqlmodel import Field, SQLModel
+from standardwebhooks import Webhook
 from starlette.datastructures import MutableHeaders
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -104,6 +133,15 @@ MAX_ID = 2**63 - 1  # SQLite and PostgreSQL integers end here; one more is an Ov
 
 log = logging.getLogger("onefile_tasks")
 T = TypeVar("T")
+
+prometheus_client.disable_created_metrics()
+REQUESTS = prometheus_client.Counter("http_requests", "Requests answered.", ["method", "route", "status"])
+LATENCY = prometheus_client.Histogram("http_request_duration_seconds", "Until the answer began.", ["method", "route"])
+LIVE_CONNECTIONS = prometheus_client.Gauge("live_connections", "Open WebSockets and event streams.")
+TASKS_WRITTEN = prometheus_client.Counter("tasks_written", "Tasks created, changed, trashed or restored.")
+RATE_LIMITED = prometheus_client.Counter("rate_limited_requests", "Requests answered with 429.")
+FAILED_LOGINS = prometheus_client.Counter("failed_logins", "Wrong passwords.")
+WEBHOOKS_GIVEN_UP = prometheus_client.Counter("webhooks_given_up", "Calls of the webhook that never succeeded.")
 
 # ── 1 Settings ──────────────────────────────────────────────────────────────────────────────────
 # The environment decides, and a .env file is the same thing on disk. A wrong value stops the start
@@ -121,6 +159,22 @@ def networks(text: str) -> str:
     """Addresses and networks, or `*`. Errors: ValueError, because a typo here would merge all callers into one."""
     parts = [part for part in text.replace(" ", "").split(",") if part]
     return ",".join(part if part == "*" else str(ipaddress.ip_network(part)) for part in parts)
+
+
+def origins(text: str) -> str:
+    """`https://app.example.org`, several by commas, or `*`. Errors: ValueError."""
+    parts = [part for part in text.replace(" ", "").split(",") if part]
+    if not all(part == "*" or re.fullmatch(r"https?://[a-z0-9.-]+(:\d+)?", part) for part in parts):
+        raise ValueError("must be origins like https://app.example.org, without a path")
+    return ",".join(parts)
+
+
+def webhook_key(secret: SecretStr, info: pydantic.ValidationInfo) -> SecretStr:
+    """`whsec_` and 24 to 64 bytes in base64, if WEBHOOK_URL is set. Errors: ValueError. Ref: Standard Webhooks."""
+    shape = r"whsec_(?=.{32,88}$)([A-Za-z0-9+/]{4})+([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
+    if info.data.get("webhook_url") and not re.fullmatch(shape, secret.get_secret_value()):
+        raise ValueError("must be whsec_ and 24 to 64 random bytes in base64, because WEBHOOK_URL is set")
+    return secret
 
 
 RateLimit = Annotated[Any, AfterValidator(rate)]
@@ -150,10 +204,16 @@ class Settings(BaseSettings):
     rate_limit_read: RateLimit = "600/minute"
     rate_limit_write: RateLimit = "300/minute"
     max_body_kib: int = pydantic.Field(default=64, ge=1, le=65536)
+    max_upload_mib: int = pydantic.Field(default=5, ge=1, le=512)
+    max_storage_mib: int = pydantic.Field(default=100, ge=0, le=2**20)
+    cors_origins: Annotated[str, AfterValidator(origins)] = ""
     trusted_proxies: Annotated[str, AfterValidator(networks)] = ""
     docs: Literal["on", "off"] = "on"
+    metrics: Literal["admin", "open", "off"] = "admin"
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    webhook_url: Annotated[str, AfterValidator(lambda url: url and str(pydantic.HttpUrl(url)))] = ""
+    webhook_secret: Annotated[SecretStr, AfterValidator(webhook_key)] = SecretStr("")
 
 
 def valid_or_exit(make: Callable[[], T], name: str = "") -> T:
@@ -172,6 +232,11 @@ settings = valid_or_exit(Settings)
 def now() -> datetime:
     """The one clock, in UTC. Tests set it by hand."""
     return datetime.now(UTC)
+
+
+def reason(error: Exception) -> str:
+    """What a driver or the system has to say, without statement and parameters."""
+    return str(getattr(error, "strerror", None) or getattr(error, "orig", error))
 
 
 # ── 2 Errors ────────────────────────────────────────────────────────────────────────────────────
@@ -198,15 +263,27 @@ def not_found(kind: str, key: int) -> ApiError:
     return ApiError(404, f"{kind}_not_found", f"No {kind} {key}.")
 
 
+def insufficient_scope() -> ApiError:
+    """403 for an API token where it has no business. Ref: RFC 6750 §3.1."""
+    header = {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}
+    return ApiError(403, "insufficient_scope", "This API token may not do that.", header)
+
+
 def unauthorized(code: str = "not_authenticated", message: str = "Send a valid access token.") -> ApiError:
     """401. Ref: RFC 6750 §3."""
     return ApiError(401, code, message, {"WWW-Authenticate": "Bearer"})
 
 
 def invalid(*fields: tuple[str, str]) -> ApiError:
-    """422, with every refused (field, message)."""
+    """422, with every refused (field, message); the first ones are the message."""
     details = [{"field": field, "message": message} for field, message in fields]
-    return ApiError(422, "validation_failed", "; ".join(map(": ".join, fields)), details=details)
+    return ApiError(422, "validation_failed", "; ".join(map(": ".join, fields[:10])), details=details)
+
+
+def complaints(error: ValidationError | RequestValidationError, start: int = 0) -> list[tuple[str, str]]:
+    """(field, message) of whatever pydantic refused, without what was sent; `start` drops names like "body"."""
+    names = [".".join(map(str, each["loc"][start:] or each["loc"])) for each in error.errors()]
+    return list(zip(names, [each["msg"].removeprefix("Value error, ") for each in error.errors()], strict=True))
 
 
 def resync_required() -> ApiError:
@@ -242,6 +319,17 @@ def within(engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
         return work(db)
 
 
+def copy_database(source: Path, target: Path) -> None:
+    """Everything at one moment, beside other work, as one new file. Errors: OSError, sqlite3.Error; then no file."""
+    with contextlib.closing(sqlite3.connect(f"{source.resolve().as_uri()}?mode=ro", uri=True)) as database:
+        target.touch(0o600, exist_ok=False)
+        try:
+            database.execute("VACUUM INTO ?", [str(target)])
+        except sqlite3.Error:
+            target.unlink()
+            raise
+
+
 async def in_thread(pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
     """Run a function beside the event loop; it ends even if the caller is cancelled."""
     return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
@@ -252,14 +340,23 @@ class Database:
 
     readers, writers = ThreadPoolExecutor(4, "reader"), ThreadPoolExecutor(1, "writer")
 
-    def open(self, directory: Path) -> None:
-        """Open or create `tasks.db` in `directory`, readable by its owner alone. Errors: OSError."""
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = directory / "tasks.db"
-        path.touch(0o600)
-        self.reader = sqlite_engine(path, "BEGIN", 4, "query_only=ON")
+    @property
+    def path(self) -> Path:
+        """The file that has everything."""
+        return settings.data_dir / "tasks.db"
+
+    def open(self) -> None:
+        """Open or create the file, readable by its owner alone. Errors: OSError."""
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path.touch(0o600)
+        self.reader = sqlite_engine(self.path, "BEGIN", 4, "query_only=ON")
         # FULL: an acknowledged write survives a power cut, not only a crash of this process.
-        self.writer = sqlite_engine(path, "BEGIN IMMEDIATE", 1, "synchronous=FULL")
+        self.writer = sqlite_engine(self.path, "BEGIN IMMEDIATE", 1, "synchronous=FULL")
+
+    def keep_copy(self) -> Path:
+        """A copy beside the database, named after the moment."""
+        copy_database(self.path, kept := self.path.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db"))
+        return kept
 
     def close(self) -> None:
         """Close every connection."""
@@ -293,6 +390,7 @@ async def execute(statement: sa.Update | sa.Delete) -> int:
 # leaves. Queries speak SQLAlchemy Core, because one UPDATE … RETURNING is atomic where load-change-save
 # is a race. AUTOINCREMENT: the id of something purged is never handed out again.
 
+Role = Literal["user", "admin"]
 Status = Literal["todo", "in_progress", "done"]
 Priority = Literal["low", "medium", "high"]
 
@@ -310,7 +408,7 @@ class UserPublic(Answer):
     id: int = Field(primary_key=True)
     username: str
     email: str | None
-    role: Literal["user", "admin"] = Field(sa_type=sa.String)
+    role: Role = Field(sa_type=sa.String)
     is_active: bool
     created_at: datetime
 
@@ -336,9 +434,15 @@ class SessionPublic(Answer):
 
 
 class Sessions(SessionPublic, table=True):
-    """Deleting the row ends the session with every token of it, access tokens included."""
+    """Deleting the row ends the session with every token of it, access tokens included.
+
+    An API token is a session, too: one with a name, a scope and one token that never changes.
+    """
 
     user_id: int = Field(foreign_key="users.id", ondelete="CASCADE", index=True)
+    name: str | None
+    scope: str | None
+    token_hash: str | None
 
 
 class RefreshTokens(Answer, table=True):
@@ -372,16 +476,77 @@ class TaskPublic(Answer):
 
 
 class Tasks(TaskPublic, table=True):
-    """The private half of a task: its texts, folded for searching and sorting."""
+    """The private half of a task: its texts, folded for searching and sorting, and the key it was created with."""
 
     search_text: str
+    idempotency_key: str | None
 
 
-tables = SQLModel.metadata.tables
-users, sessions, refresh_tokens, tasks = (tables[name] for name in ("users", "sessions", "refresh_tokens", "tasks"))
+class AttachmentPublic(Answer):
+    """A file at a task. Its ETag is its `sha256`."""
+
+    id: int = Field(primary_key=True)
+    task_id: int = Field(foreign_key="tasks.id", ondelete="CASCADE", index=True)
+    filename: str
+    content_type: str
+    size_bytes: int
+    sha256: str
+    created_at: datetime
+
+
+class Attachments(AttachmentPublic, table=True):
+    """The private half of an attachment: in the database, so that a backup is one file."""
+
+    content: bytes
+
+
+class SchemaVersion(Answer, table=True):
+    """One row: which program wrote this database."""
+
+    __tablename__ = "schema_version"
+    version: int = Field(primary_key=True)
+
+
+TABLES = ("users", "sessions", "refresh_tokens", "tasks", "attachments", "schema_version")
+users, sessions, refresh_tokens, tasks, attachments, schema_version = map(SQLModel.metadata.tables.__getitem__, TABLES)
+sa.Index("ix_sessions_token_hash", sessions.c.token_hash, unique=True)
 sa.Index("ix_tasks_version", tasks.c.owner_id, tasks.c.version, unique=True)
 sa.Index("ix_tasks_created_at", tasks.c.owner_id, tasks.c.deleted_at, tasks.c.created_at, tasks.c.id)
+sa.Index("ix_tasks_idempotency_key", tasks.c.owner_id, tasks.c.idempotency_key, unique=True)
 public_task = [tasks.c[name] for name in TaskPublic.model_fields]
+public_attachment = [attachments.c[name] for name in AttachmentPublic.model_fields]
+
+SCHEMA_VERSION = 2
+RESTORE_LEAP = 2**20
+
+
+def upgrade(db: sa.Connection, keep_copy: Callable[[], Path]) -> None:
+    """Add the tables, nullable or defaulted columns and indexes that a database lacks, after a copy of it.
+
+    Nothing else, ever. Errors: SystemExit that names a newer database, or what would need more.
+    """
+    there = sa.inspect(db).get_table_names()
+    version = db.scalar(sa.select(schema_version.c.version)) if "schema_version" in there else 0
+    if (version or 0) > SCHEMA_VERSION:
+        raise SystemExit(f"DATA_DIR: the database is of version {version}, newer than this program ({SCHEMA_VERSION})")
+    found = compare_metadata(MigrationContext.configure(db), SQLModel.metadata) if there else []
+    changes = [change for each in found for change in (each if isinstance(each, list) else [each])]
+    for kind, *what in changes:
+        optional = kind == "add_column" and (what[-1].nullable or what[-1].server_default is not None)
+        if kind not in ("add_table", "add_index") and not optional:
+            raise SystemExit(f"DATA_DIR: no upgrade in place can {kind} {' '.join(str(each) for each in what if each)}")
+    if changes:
+        print(f"  Upgrade    the database as it was is kept in {keep_copy()}", flush=True)  # noqa: T201
+    SQLModel.metadata.create_all(db)
+    for kind, *what in sorted(changes, key=lambda change: change[0]):  # Columns come before their indexes.
+        if kind == "add_column":
+            Operations(MigrationContext.configure(db)).add_column(what[1], what[2])
+        elif kind == "add_index":
+            what[0].create(db, checkfirst=True)
+    if version != SCHEMA_VERSION:
+        db.execute(sa.delete(schema_version))
+        db.execute(sa.insert(schema_version).values(version=SCHEMA_VERSION))
+
 
 # ── 5 Schemas ───────────────────────────────────────────────────────────────────────────────────
 # What comes in is strict: unknown fields are refused, "1" is no number and 1 is no date. What goes out
@@ -487,6 +652,20 @@ class RefreshRequest(Body):
     refresh_token: Text
 
 
+class AdminUserCreate(Registration):
+    """A new account, as an admin makes it."""
+
+    role: Role = "user"
+
+
+class AdminUserUpdate(Body):
+    """What an admin changes: a disabled account or a new password ends every session and API token of it."""
+
+    role: Role | MISSING = MISSING
+    is_active: bool | MISSING = MISSING
+    password: Password | MISSING = MISSING
+
+
 class UserUpdate(Body):
     """What to change; a new password needs the current one."""
 
@@ -500,6 +679,33 @@ class UserUpdate(Body):
         if (self.password is MISSING) != (self.current_password is MISSING):
             raise ValueError("password and current_password go together")
         return self
+
+
+class ApiTokenCreate(Body):
+    """A token for a script."""
+
+    name: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=100), Storable]
+    scope: Literal["read", "write"]
+    """`read` may only GET."""
+    expires_at: Time | None = None
+    """Null: never."""
+
+
+class ApiTokenPublic(Answer):
+    """A token for a script: what is known of it later."""
+
+    id: int
+    name: str
+    scope: Literal["read", "write"]
+    created_at: datetime
+    last_used_at: datetime | None
+    expires_at: datetime | None
+
+
+class ApiTokenCreated(ApiTokenPublic):
+    """The only answer that shows the token itself."""
+
+    token: str
 
 
 class TokenPair(Answer):
@@ -561,6 +767,31 @@ class TaskCreate(TaskUpdate):
     def values(self) -> dict[str, Any]:
         """Every column that a caller may write."""
         return {"description": None, "status": "todo", "priority": "medium", "due_date": None} | super().values()
+
+
+class TaskImport(TaskCreate):
+    """A line of an import: a task as it was exported; what belongs to the old instance is passed over."""
+
+    created_at: Time | MISSING = MISSING
+    completed_at: Time | MISSING | None = MISSING
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def pass_over(cls, data: Any) -> Any:
+        """Ids, versions and the like are new here."""
+        if not isinstance(data, dict):
+            return data
+        return {name: data[name] for name in data if name in cls.model_fields or name not in TaskPublic.model_fields}
+
+    def values(self) -> dict[str, Any]:
+        """Every column that a line may bring, and all the same ones."""
+        return {"created_at": now(), "completed_at": None} | super().values()
+
+
+class Imported(Answer):
+    """How many tasks came in."""
+
+    imported: int
 
 
 class Collection(Answer, Generic[Item]):
@@ -653,6 +884,14 @@ class HealthDetailed(Health):
     last_cleanup: dict[str, int | datetime] | None
 
 
+class WebhookTest(Answer):
+    """How the receiver answered, or why it did not."""
+
+    status: int | None = None
+    milliseconds: float
+    error: str | None = None
+
+
 class ErrorBody(Answer):
     """What went wrong: `code` is stable, `message` is for people, `details` come only with 422."""
 
@@ -672,6 +911,7 @@ class Error(Answer):
 # Pure functions. A password is stored as bcrypt, slow on purpose; a token is 256 random bits, which
 # nobody guesses, so SHA-256 is enough to make a stolen database useless.
 
+API_TOKEN_PREFIX = "tsk_"  # noqa: S105
 BCRYPT_COST = 12
 ISSUER = "onefile-tasks"
 CLOCK_LEEWAY_SECONDS = 10
@@ -731,8 +971,12 @@ def decode_access_token(token: str) -> tuple[int, int] | None:
 
 Row = sa.Row[Any]
 session_columns = sessions.c.id.label("session_id"), sessions.c.created_at.label("session_created_at")
-principals = sa.select(users, *session_columns).join_from(sessions, users)
+principals = sa.select(users, *session_columns, sessions.c.scope).join_from(sessions, users)
 """Users joined with their sessions: the one query that says who somebody is."""
+logins = sessions.c.token_hash.is_(None)
+"""The sessions that are no API tokens."""
+last_used: dict[int, datetime] = {}
+"""Uses of sessions that note_uses has not written down yet."""
 
 
 def alive() -> sa.ColumnElement[bool]:
@@ -748,11 +992,27 @@ def still(user: Row) -> sa.ColumnElement[bool]:
 async def authenticate(authorization: str | None) -> Row | None:
     """The user behind an Authorization header, joined with their session, or None."""
     scheme, _, token = (authorization or "").partition(" ")
-    ids = decode_access_token(token.strip()) if scheme.lower() == "bearer" else None
-    if ids is None:
+    if scheme.lower() != "bearer":
         return None
-    found = await fetch(principals.where(users.c.id == ids[0], sessions.c.id == ids[1], alive()))
-    return found[0] if found else None
+    if token.strip().startswith(API_TOKEN_PREFIX):
+        this = sessions.c.token_hash == token_hash(token.strip())
+    elif ids := decode_access_token(token.strip()):
+        this = (users.c.id == ids[0]) & (sessions.c.id == ids[1])
+    else:
+        return None
+    for user in await fetch(principals.where(this, alive())):
+        last_used[user.session_id] = now()
+        return user
+    return None
+
+
+async def note_uses() -> None:
+    """Write down when each session was last used: once a minute, instead of once a request."""
+    uses = [{"used": session_id, "moment": moment} for session_id, moment in last_used.items()]
+    last_used.clear()
+    this = sa.update(sessions).where(sessions.c.id == sa.bindparam("used"))
+    if uses:
+        await database.write(lambda db: db.execute(this.values(last_used_at=sa.bindparam("moment")), uses))
 
 
 oauth2 = OAuth2PasswordBearer("api/v1/auth/token", auto_error=False)
@@ -879,6 +1139,7 @@ def window(name: str, key: str) -> tuple[int, float, dict[str, str]]:
 
 def rate_limited(name: str, key: str) -> ApiError:
     """429. Ref: RFC 6585 §4."""
+    RATE_LIMITED.inc()
     _, reset, headers = window(name, key)
     seconds = max(1, ceil(reset - time.time()))
     message = f"Too many requests. Try again in {seconds} s."
@@ -906,20 +1167,29 @@ class Route(APIRoute):
         handle, elsewhere = super().get_route_handler(), (params.Path, params.Header)
         known = {p.alias for p in get_flat_params(self.dependant) if not isinstance(p.field_info, elsewhere)}
         bucket, extra = "read" if self.methods == {"GET"} else "write", (self.openapi_extra or {}).get("x-rate-limit")
+        for_logins = self.path.startswith(
+            (f"{API}/auth", f"{API}/admin") + ((f"{API}/users",) if bucket == "write" else ())
+        )
+        upload = (self.openapi_extra or {}).get("requestBody")
         is_form = self.body_field is not None and isinstance(self.body_field.field_info, params.Form)
         types = r"application/x-www-form-urlencoded" if is_form else r"application/(.+\+)?json"
+        types = "|".join(map(re.escape, upload["content"])) if upload else types
         hint = "a form: curl -d" if is_form else "JSON: curl --json, or Content-Type: application/json"
 
         async def _guarded(request: Request) -> Response:
+            request.state.route = self.path
+            request.state.max_body_bytes += settings.max_upload_mib * 2**20 if upload else 0
             user = request.state.user = await authenticate(request.headers.get("authorization"))
             counts = {extra: bucket_key(request.scope, None)} if extra else {}
             enforce(request.scope, counts | {bucket: bucket_key(request.scope, user)})
+            if user and user.scope and (for_logins or (user.scope, bucket) == ("read", "write")):
+                raise insufficient_scope()
             if not request.query_params.keys() <= known:
                 raise invalid(("query", f"has an unknown parameter; known are: {', '.join(sorted(known)) or 'none'}"))
             media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
-            if self.body_field and has_body and not re.fullmatch(types, media_type):
-                raise ApiError(415, "unsupported_media_type", f"Send {hint}.")
+            if (upload or (self.body_field and has_body)) and not re.fullmatch(types, media_type):
+                raise ApiError(415, "unsupported_media_type", f"Send {upload['description'] if upload else hint}.")
             return await handle(request)
 
         return _guarded
@@ -932,6 +1202,8 @@ router = functools.partial(APIRouter, route_class=Route)
 # sleeps until its user's seq has moved past it and then reads what it missed. No queue per connection:
 # a slow peer falls behind and catches up, from a ring of recent changes or from the database.
 
+WEBHOOK_TRIES, WEBHOOK_WORKERS, WEBHOOK_QUEUE = 5, 4, 2000
+WEBHOOK_SECONDS, WEBHOOK_BACKOFF_SECONDS = 10.0, 1.0
 RING_SIZE = 256
 BATCH = 500
 IDLE_SECONDS = 15.0
@@ -1000,6 +1272,14 @@ class Feed:
 
 
 feeds: dict[int, Feed] = {}
+
+
+def live_connections() -> int:
+    """How many streams are open."""
+    return sum(len(feed.streams) for feed in feeds.values())
+
+
+LIVE_CONNECTIONS.set_function(live_connections)
 
 
 class Stream:
@@ -1078,25 +1358,37 @@ async def look_around() -> None:
 
 
 class Transaction:
-    """A change of one user's tasks, at the `seq` that it took."""
+    """A change of one user's tasks, at the seqs that it took."""
 
-    def __init__(self, db: sa.Connection, user_id: int, seq: int) -> None:
-        self.db, self.user_id, self.seq = db, user_id, seq
-        self.change = Change(seq, "purged", "")
+    def __init__(self, db: sa.Connection, user_id: int, last: int, count: int) -> None:
+        self.db, self.user_id, self.last = db, user_id, last
+        self.seqs = iter(range(last - count + 1, last + 1))
+        self.written: list[tuple[TaskPublic, str]] = []
 
-    def save(self, before: TaskPublic | None, values: dict[str, Any]) -> TaskPublic:
-        """Write a new task, or new values of one, with all that follows from them."""
-        moment = now()
-        merged = (before.model_dump() if before else {"completed_at": None}) | values
-        merged |= {"completed": merged["status"] == "done", "version": self.seq, "updated_at": moment}
-        merged["completed_at"] = (merged["completed_at"] or moment) if merged["completed"] else None
-        merged["search_text"] = folded(f"{merged['title']}\x1f{merged['description'] or ''}")
-        new = {"owner_id": self.user_id, "attachments": 0, "created_at": moment} | merged
-        written: Any = sa.update(tasks).where(tasks.c.id == before.id) if before else sa.insert(tasks)
-        row = self.db.execute(written.values(merged if before else new).returning(*public_task)).one()
-        task = TaskPublic(**row._mapping)
-        self.change = change_of(task, "updated" if before else "created")
-        return task
+    def complete(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """The columns of a task with all that follows from them, at the next seq."""
+        moment, done = now(), columns["status"] == "done"
+        completed_at = (columns.get("completed_at") or moment) if done else None
+        search_text = folded(f"{columns['title']}\x1f{columns['description'] or ''}")
+        derived = {"completed": done, "completed_at": completed_at, "search_text": search_text}
+        return columns | derived | {"version": next(self.seqs), "updated_at": moment}
+
+    def write(self, kind: str, statement: Any, rows: list[dict[str, Any]] | None = None) -> list[TaskPublic]:
+        """Run an INSERT or UPDATE, and keep what it wrote for those who follow it."""
+        found = self.db.execute(statement.returning(*public_task), rows)
+        written = sorted((TaskPublic(**row._mapping) for row in found), key=lambda task: task.version)
+        self.written += [(task, kind) for task in written]
+        return written
+
+    def create(self, *rows: dict[str, Any]) -> list[TaskPublic]:
+        """New tasks, a seq for each."""
+        new = {"owner_id": self.user_id, "attachments": 0, "created_at": now()}
+        return self.write("created", sa.insert(tasks), [self.complete(new | row) for row in rows])
+
+    def update(self, before: TaskPublic, values: dict[str, Any]) -> TaskPublic:
+        """New values of one task."""
+        columns = self.complete(before.model_dump() | values)
+        return self.write("updated", sa.update(tasks).where(tasks.c.id == before.id).values(columns))[0]
 
     def purge(self, until: datetime) -> int:
         """Delete the trash up to a moment for good, and remember the highest seq removed. Returns how many."""
@@ -1108,22 +1400,73 @@ class Transaction:
         return self.db.execute(sa.delete(tasks).where(old)).rowcount
 
 
-async def changing(user_id: int, work: Callable[[Transaction], T], who: Any = True) -> T:
-    """Take the user's next seq, do the work, commit, and then tell their streams. Errors: 401 if they are gone."""
-    step = sa.update(users).where(users.c.id == user_id, who).values(seq=users.c.seq + 1).returning(users.c.seq)
+async def changing(user_id: int, work: Callable[[Transaction], T], who: Any = True, count: int = 1) -> T:
+    """Take the user's next seqs, do the work, commit, then tell streams and webhook. Errors: 401 if they are gone."""
+    step = sa.update(users).where(users.c.id == user_id, who).values(seq=users.c.seq + count).returning(users.c.seq)
 
-    def transact(db: sa.Connection) -> tuple[T, Change]:
+    def transact(db: sa.Connection) -> tuple[T, Transaction, list[Change]]:
         seq = db.scalar(step)
         if seq is None:
             raise unauthorized()
-        transaction = Transaction(db, user_id, seq)
-        return work(transaction), transaction.change
+        transaction = Transaction(db, user_id, seq, count)
+        result, wanted = work(transaction), settings.webhook_url or user_id in feeds
+        return result, transaction, [change_of(*written) for written in transaction.written if wanted]
 
-    result, change = await database.write(transact)
+    result, transaction, changes = await database.write(transact)
+    TASKS_WRITTEN.inc(len(transaction.written))
+    for change in changes if settings.webhook_url else ():
+        outbox.offer(change.text)
     if feed := feeds.get(user_id):
-        feed.publish(change)
+        for change in changes if transaction.written else [Change(transaction.last, "purged", "")]:
+            feed.publish(change)
+        feed.observe(transaction.last)
     return result
 
+
+class Outbox:
+    """The webhook: changes wait in memory, are signed and posted, and after five tries given up."""
+
+    waiting: asyncio.Queue[str]
+    client: httpx.AsyncClient
+
+    def offer(self, text: str) -> None:
+        """Never in the way of the request that caused it: what finds no room is given up."""
+        try:
+            self.waiting.put_nowait(text)
+        except asyncio.QueueFull:
+            WEBHOOKS_GIVEN_UP.inc()
+
+    async def post(self, text: str, message_id: str) -> int:
+        """One signed call. Returns its status. Errors: httpx.HTTPError. Ref: Standard Webhooks."""
+        moment = datetime.now(UTC)  # Not now(): the receiver compares it with a clock of its own.
+        signature = Webhook(settings.webhook_secret.get_secret_value()).sign(message_id, moment, text)
+        headers = {"webhook-id": message_id, "webhook-timestamp": str(int(moment.timestamp()))}
+        headers |= {"webhook-signature": signature, "content-type": "application/json"}
+        return (await self.client.post(settings.webhook_url, content=text, headers=headers)).status_code
+
+    async def deliver(self) -> None:
+        """Post what waits, one after the other; a message keeps its id, so that a receiver can drop a repeat."""
+        while True:
+            text, message_id = await self.waiting.get(), f"msg_{secrets.token_hex(12)}"
+            for attempt in range(WEBHOOK_TRIES):
+                await asyncio.sleep(
+                    attempt and WEBHOOK_BACKOFF_SECONDS * 2**attempt * (0.5 + secrets.randbelow(100) / 100)
+                )
+                with contextlib.suppress(httpx.HTTPError):
+                    if await self.post(text, message_id) < 300:
+                        break
+            else:
+                WEBHOOKS_GIVEN_UP.inc()
+
+    async def run(self) -> None:
+        """Deliver, several at once, until cancelled."""
+        self.waiting = asyncio.Queue(WEBHOOK_QUEUE)
+        async with httpx.AsyncClient(timeout=WEBHOOK_SECONDS) as self.client, asyncio.TaskGroup() as workers:
+            for _ in range(WEBHOOK_WORKERS):
+                workers.create_task(self.deliver())
+
+
+outbox = Outbox()
 
 # ── 10 Application ──────────────────────────────────────────────────────────────────────────────
 # Start-up happens inside one write transaction, so that several processes may start at once. Around
@@ -1132,6 +1475,18 @@ async def changing(user_id: int, work: Callable[[Transaction], T], who: Any = Tr
 
 SEND_SECONDS = 20.0
 CLEANUP_SECONDS = 3600.0
+USES_SECONDS = 60.0
+CONTENT_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Content-Security-Policy": CONTENT_POLICY,
+}
+EXPOSED = ["ETag", "Link", "Location", "Retry-After", "X-Request-ID", "Idempotency-Replayed", "Content-Disposition"]
+EXPOSED += ["X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset"]
 started_at = time.monotonic()
 last_cleanup: dict[str, int | datetime] | None = None
 
@@ -1176,17 +1531,17 @@ def open_database() -> None:
     name = valid_or_exit(lambda: a_username.validate_python(settings.admin_username), "ADMIN_USERNAME")
     password = valid_or_exit(lambda: a_password.validate_python(given or new_token()), "ADMIN_PASSWORD")
     try:
-        database.open(settings.data_dir)
+        database.open()
         with database.writer.begin() as db:
-            SQLModel.metadata.create_all(db)
+            upgrade(db, database.keep_copy)
             settings.secret_key = load_secret(settings.data_dir / "secret_key")
             first_start = db.scalar(sa.select(sa.func.count()).select_from(users)) == 0
             if first_start:
                 db.execute(sa.insert(users).values(new_user(name, password, "admin")))
             if first_start and not given:
                 print(f"  Admin      {name}, password {password}   (shown only now)", flush=True)  # noqa: T201
-    except (OSError, sa.exc.DatabaseError) as error:
-        raise SystemExit(f"DATA_DIR: {getattr(error, 'strerror', None) or getattr(error, 'orig', error)}") from None
+    except (OSError, sqlite3.Error, sa.exc.DatabaseError) as error:
+        raise SystemExit(f"DATA_DIR: {reason(error)}") from None
 
 
 async def clean_up() -> None:
@@ -1194,6 +1549,7 @@ async def clean_up() -> None:
     global last_cleanup
     moment, purged = now(), 0
     oldest = moment - timedelta(days=settings.trash_days)
+    await note_uses()
     ended = await execute(sa.delete(sessions).where(sessions.c.expires_at <= moment))
     used = await execute(sa.delete(refresh_tokens).where(refresh_tokens.c.expires_at <= moment))
     for (owner_id,) in await fetch(sa.select(tasks.c.owner_id).where(tasks.c.deleted_at <= oldest).distinct()):
@@ -1231,12 +1587,14 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     print(f"  Data       {settings.data_dir.resolve() / 'tasks.db'}", flush=True)  # noqa: T201
     for number in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ():
         signal.signal(number, functools.partial(end_streams, signal.getsignal(number)))
-    chores = [asyncio.create_task(job) for job in (every(POLL_SECONDS, look_around), every(CLEANUP_SECONDS, clean_up))]
+    jobs = [every(POLL_SECONDS, look_around), every(CLEANUP_SECONDS, clean_up), every(USES_SECONDS, note_uses)]
+    chores = [asyncio.create_task(job) for job in (*jobs, *([outbox.run()] if settings.webhook_url else []))]
     yield
     end_streams()
     for chore in chores:
         chore.cancel()
     await asyncio.wait(chores)
+    await note_uses()
     await in_thread(database.writers, database.close)  # The last of that thread's work: every write has ended.
 
 
@@ -1247,8 +1605,7 @@ def explain(error: Exception, path: str = "") -> ApiError:
     if isinstance(error, RequestValidationError):
         if any(each["type"] == "json_invalid" for each in error.errors()):
             return ApiError(400, "invalid_json", "The body is not valid JSON.")
-        names = [".".join(map(str, each["loc"][1:] or each["loc"])) for each in error.errors()]
-        return invalid(*zip(names, [each["msg"].removeprefix("Value error, ") for each in error.errors()], strict=True))
+        return invalid(*complaints(error, 1))
     if isinstance(error, sa.exc.OperationalError | sa.exc.TimeoutError) or type(error) is sa.exc.DatabaseError:
         return ApiError(503, "database_unavailable", "The database does not answer; try again.", {"Retry-After": "5"})
     known = {
@@ -1265,6 +1622,29 @@ def explain(error: Exception, path: str = "") -> ApiError:
     return ApiError(405, *known[405], {"Allow": ", ".join(sorted(allow))})
 
 
+def page_policy(html: bytes) -> str:
+    """What /docs and /redoc may do: their own inline script, styles, a worker from memory. Ref: CSP 3 §2.3."""
+    hashes = [
+        b64encode(hashlib.sha256(text).digest()).decode() for text in re.findall(b"(?s)<script>(.*?)</script>", html)
+    ]
+    scripts = " ".join(["script-src 'self'", *(f"'sha256-{each}'" for each in hashes)])
+    rest = "style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; worker-src blob:"
+    return f"{CONTENT_POLICY}; {scripts}; {rest}"
+
+
+def cross_origin(app: ASGIApp) -> ASGIApp:
+    """Let the pages of CORS_ORIGINS read what this answers. No credentials: a token is no cookie. Ref: Fetch §3.3."""
+    if not settings.cors_origins:
+        return app
+    allowed: Any = {"allow_origins": settings.cors_origins.split(","), "allow_methods": ["*"], "allow_headers": ["*"]}
+    return CORSMiddleware(
+        app,
+        **allowed,
+        expose_headers=EXPOSED,
+        max_age=600,
+    )
+
+
 class SlowClient(Exception):
     """The peer has taken nothing for SEND_SECONDS."""
 
@@ -1278,32 +1658,47 @@ class Exchange:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         self.request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else secrets.token_hex(8)
         self.state = {**scope.get("state", {}), "request_id": self.request_id, "user": None, "headers": {}}
+        self.state |= {"route": "none", "max_body_bytes": settings.max_body_kib * 1024}
         root = settings.root_path or scope.get("root_path", "")
         path = self.path.removesuffix("/") or "/"  # A proxy may have stripped ROOT_PATH or kept it.
         path = path if path.startswith(f"{API}/") else path.removeprefix(root)
         self.scope = {**scope, "state": self.state, "root_path": root, "path": root + path}
         self.scope |= {"method": "GET"} if self.method == "HEAD" else {}
         self.began, self.arrived_bytes, self.status, self.complete = time.perf_counter(), 0, 0, False
+        self.page: Message = {}
 
     async def receive(self) -> Message:
         """Measure a body as it arrives. Errors: 413. Ref: RFC 9110 §15.5.14."""
         message = await self.raw_receive()
         self.arrived_bytes += len(message.get("body", b""))
-        if self.arrived_bytes > settings.max_body_kib * 1024:
-            raise ApiError(413, "body_too_large", f"The body is larger than {settings.max_body_kib} KiB.")
+        if self.arrived_bytes > self.state["max_body_bytes"]:
+            raise ApiError(
+                413, "body_too_large", f"The body is larger than {self.state['max_body_bytes'] // 1024} KiB."
+            )
         return message
 
     async def send(self, message: Message) -> None:
-        """Put id and limits on the head, end a HEAD without its body, give up on a peer that does not read."""
+        """Put id, limits and policies on the head, end a HEAD without its body."""
         if self.complete:
             return
         self.status = message.get("status") or message.get("code") or self.status or 101
         if message["type"] in ("http.response.start", "websocket.accept"):
-            for name, value in {"X-Request-ID": self.request_id, **self.state["headers"]}.items():
+            LATENCY.labels(self.method, self.state["route"]).observe(time.perf_counter() - self.began)
+            for name, value in {"X-Request-ID": self.request_id, **SECURITY_HEADERS, **self.state["headers"]}.items():
                 MutableHeaders(scope=message).setdefault(name, value)
+            if MutableHeaders(scope=message).get("content-type", "").startswith("text/html"):
+                self.page = message
+                return
         elif message["type"] == "http.response.body":
+            if self.page:  # The head of a page waits for the body, which decides about the policy.
+                MutableHeaders(scope=self.page)["Content-Security-Policy"] = page_policy(message["body"])
+                await self.raw_send(self.page)
             message = {"type": message["type"]} if self.method == "HEAD" else message
             self.complete = not message.get("more_body")
+        await self.push(message)
+
+    async def push(self, message: Message) -> None:
+        """Hand it to the server, and give up on a peer that does not read. Errors: SlowClient, for a socket."""
         try:
             async with asyncio.timeout(SEND_SECONDS + len(message.get("body", b"")) / 2**20):
                 await self.raw_send(message)
@@ -1322,10 +1717,11 @@ class Exchange:
             if self.method == "WEBSOCKET" and self.status == 101:
                 await self.send({"type": "websocket.close", "code": 1011})
             elif self.method != "WEBSOCKET" and self.status == 0:
-                await error.response(self.request_id)(self.scope, self.receive, self.send)
+                await cross_origin(error.response(self.request_id))(self.scope, self.receive, self.send)
 
     def log(self) -> None:
-        """One line. The path is percent-encoded, so that it cannot forge another line, and has no query."""
+        """Count, and one line. The path is percent-encoded, so that it cannot forge another, and has no query."""
+        REQUESTS.labels(self.method, self.state["route"], self.status).inc()
         user, milliseconds = self.state["user"], round((time.perf_counter() - self.began) * 1000, 1)
         entry = {"request_id": self.request_id, "method": self.method, "path": quote(self.path), "status": self.status}
         entry |= {"milliseconds": milliseconds, "user_id": user.id if user else None}
@@ -1337,7 +1733,7 @@ class Gateway:
     """The outermost ASGI layer: what holds for every request and socket, whatever happens inside."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+        self.app = cross_origin(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request, and turn a failure into an error with the request's id."""
@@ -1414,7 +1810,7 @@ class TokenIssuer:
         """
         key = folded(name)[:200]
         user = next(iter(await fetch(sa.select(users).where(users.c.username_key == key))), None)
-        living = (sessions.c.user_id == (user and user.id)) & (sessions.c.expires_at > now())
+        living = logins & (sessions.c.user_id == (user and user.id)) & (sessions.c.expires_at > now())
         here = sa.select(sessions.c.address).where(living)
         known = address_key(self.address) in {address_key(row.address) for row in await fetch(here)}
         counter = f"session {session_id}" if session_id else key
@@ -1448,9 +1844,23 @@ def try_password(account: str | None, password: str, password_hash: str | None) 
     if account and not spent.test(limit, "account", account):
         raise rate_limited("account", account)
     matches = password_matches(password, password_hash) if password_hash else not hash_password(password)
+    FAILED_LOGINS.inc(not matches)
     if account and not matches and not spent.hit(limit, "account", account):
         raise rate_limited("account", account)
     return matches
+
+
+async def add_user(then: Callable[[sa.Connection, UserPublic], T], *columns: str | None) -> T:
+    """Create an account of `new_user`'s columns, and more in the same transaction. Errors: 409 username_taken."""
+    values = await in_thread(password_workers, new_user, *columns)
+
+    def create(db: sa.Connection) -> T:
+        return then(db, UserPublic(**db.execute(sa.insert(users).values(values).returning(users)).one()._mapping))
+
+    try:
+        return await database.write(create)
+    except sa.exc.IntegrityError:
+        raise ApiError(409, "username_taken", "This username is taken.") from None
 
 
 @auth.post("/register", status_code=201, openapi_extra={"x-rate-limit": "register"})
@@ -1462,16 +1872,11 @@ async def register(body: Registration, issuer: Issuer) -> Registered:
     """
     if settings.registration == "closed":
         raise ApiError(403, "registration_closed", "Registration is closed here. Ask the admin for an account.")
-    columns = await in_thread(password_workers, new_user, body.username, body.password, "user", body.email)
 
-    def create(db: sa.Connection) -> Registered:
-        user = db.execute(sa.insert(users).values(columns).returning(users)).one()
-        return Registered(**issuer.issue(db, user.id).model_dump(), user=UserPublic(**user._mapping))
+    def log_in(db: sa.Connection, user: UserPublic) -> Registered:
+        return Registered(**issuer.issue(db, user.id).model_dump(), user=user)
 
-    try:
-        return await database.write(create)
-    except sa.exc.IntegrityError:
-        raise ApiError(409, "username_taken", "This username is taken.") from None
+    return await add_user(log_in, body.username, body.password, "user", body.email)
 
 
 @auth.post("/login", openapi_extra={"x-rate-limit": "login"})
@@ -1534,14 +1939,15 @@ async def log_out(request: Request, body: RefreshRequest | None = None) -> None:
 
 @auth.post("/logout_all", status_code=204)
 async def log_out_everywhere(user: CurrentUser) -> None:
-    """End every session of the caller."""
-    await execute(sa.delete(sessions).where(sessions.c.user_id == user.id))
+    """End every session of the caller; API tokens stay."""
+    await execute(sa.delete(sessions).where(sessions.c.user_id == user.id, logins))
 
 
 @auth.get("/sessions")
 async def list_sessions(user: CurrentUser) -> Collection[SessionListed]:
     """The caller's logins, last used first."""
-    mine = sa.select(sessions).where(sessions.c.user_id == user.id, sessions.c.expires_at > now())
+    await note_uses()
+    mine = sa.select(sessions).where(sessions.c.user_id == user.id, logins, sessions.c.expires_at > now())
     rows = await fetch(mine.order_by(sessions.c.last_used_at.desc(), sessions.c.id.desc()))
     return Collection(data=[SessionListed(**row._mapping, current=row.id == user.session_id) for row in rows])
 
@@ -1549,8 +1955,63 @@ async def list_sessions(user: CurrentUser) -> Collection[SessionListed]:
 @auth.delete("/sessions/{session_id}", status_code=204)
 async def end_session(session_id: Id, user: CurrentUser) -> None:
     """End one login. Errors: 404 absent or not yours."""
-    if not await execute(sa.delete(sessions).where(sessions.c.id == session_id, sessions.c.user_id == user.id)):
+    this = logins & (sessions.c.id == session_id) & (sessions.c.user_id == user.id)
+    if not await execute(sa.delete(sessions).where(this)):
         raise not_found("session", session_id)
+
+
+NEVER = datetime(9999, 12, 31, tzinfo=UTC)
+nullif = functools.partial(sa.func.nullif, type_=sessions.c.created_at.type)
+public_api_token = [
+    *(sessions.c[name] for name in ("id", "name", "scope", "created_at")),
+    nullif(sessions.c.last_used_at, sessions.c.created_at).label("last_used_at"),
+    nullif(sessions.c.expires_at, NEVER).label("expires_at"),
+]
+
+
+def new_api_token(db: sa.Connection, user_id: int, wanted: ApiTokenCreate) -> ApiTokenCreated:
+    """A token that its owner sees once; here only its hash stays."""
+    secret, moment = API_TOKEN_PREFIX + new_token(), now()
+    values = wanted.model_dump() | {
+        "user_id": user_id,
+        "token_hash": token_hash(secret),
+        "address": "",
+        "user_agent": "",
+    }
+    values |= {"created_at": moment, "last_used_at": moment, "expires_at": wanted.expires_at or NEVER}
+    row = db.execute(sa.insert(sessions).values(values).returning(*public_api_token)).one()
+    return ApiTokenCreated(**row._mapping, token=secret)
+
+
+@auth.get("/api_tokens")
+async def list_api_tokens(user: CurrentUser) -> Collection[ApiTokenPublic]:
+    """The caller's tokens for scripts, oldest first."""
+    await note_uses()
+    mine = ~logins & (sessions.c.user_id == user.id) & (sessions.c.expires_at > now())
+    rows = await fetch(sa.select(*public_api_token).where(mine).order_by(sessions.c.id))
+    return Collection(data=[ApiTokenPublic(**row._mapping) for row in rows])
+
+
+@auth.post("/api_tokens", status_code=201)
+async def create_api_token(body: ApiTokenCreate, user: CurrentUser, _issuer: Issuer) -> ApiTokenCreated:
+    """A token for a script, shown only now. It reaches tasks, and nothing of accounts, sessions or administration."""
+    if body.expires_at and body.expires_at <= now():
+        raise invalid(("expires_at", "must lie in the future"))
+
+    def create(db: sa.Connection) -> ApiTokenCreated:
+        if db.scalar(sa.select(users.c.id).where(still(user))) is None:
+            raise unauthorized()
+        return new_api_token(db, user.id, body)
+
+    return await database.write(create)
+
+
+@auth.delete("/api_tokens/{token_id}", status_code=204)
+async def delete_api_token(token_id: Id, user: CurrentUser) -> None:
+    """End a token at once, its streams included. Errors: 404 absent or not yours."""
+    this = ~logins & (sessions.c.id == token_id) & (sessions.c.user_id == user.id)
+    if not await execute(sa.delete(sessions).where(this)):
+        raise not_found("api_token", token_id)
 
 
 account = router(prefix=f"{API}/users/me", tags=["users"])
@@ -1560,6 +2021,24 @@ account = router(prefix=f"{API}/users/me", tags=["users"])
 async def read_account(user: CurrentUser) -> UserPublic:
     """The caller's account."""
     return UserPublic(**user._mapping)
+
+
+def change_user(db: sa.Connection, user_id: int, values: dict[str, Any] | None) -> UserPublic:
+    """Change an account, or with None delete it with all that is theirs; returns it.
+
+    A new password or a disabled account ends its sessions and API tokens. Errors: 404; 409 last_admin
+    """
+    this, new = users.c.id == user_id, values or {}
+    stays_admin = values is not None and new.get("role", "admin") == "admin" and new.get("is_active", True)
+    admins = sa.select(users.c.id).where(users.c.role == "admin", users.c.is_active).with_for_update()
+    if not stays_admin and list(db.scalars(admins)) == [user_id]:
+        raise ApiError(409, "last_admin", "The last active admin stays.")
+    if "password_hash" in new or not new.get("is_active", True):
+        db.execute(sa.delete(sessions).where(sessions.c.user_id == user_id))
+    written: Any = sa.delete(users) if values is None else sa.update(users).values(values or {"seq": users.c.seq})
+    if row := db.execute(written.where(this).returning(users)).one_or_none():
+        return UserPublic(**row._mapping)
+    raise not_found("user", user_id)
 
 
 @account.patch("")
@@ -1574,7 +2053,7 @@ async def update_account(body: UserUpdate, user: CurrentUser, issuer: Issuer) ->
         if await issuer.verify(user.username, body.current_password, user.session_id) is None:
             raise ApiError(403, "wrong_password", "current_password is wrong.")
         values["password_hash"] = await in_thread(password_workers, hash_password, body.password)
-        others = (sessions.c.user_id == user.id) & (sessions.c.id != user.session_id)
+        others = logins & (sessions.c.user_id == user.id) & (sessions.c.id != user.session_id)
     changed = sa.update(users).where(still(user)).values(values or {"is_active": True}).returning(users)
 
     def change(db: sa.Connection) -> Row:
@@ -1594,14 +2073,7 @@ async def delete_account(user: CurrentUser) -> None:
     """
     if now() - user.session_created_at > timedelta(minutes=10):
         raise ApiError(403, "login_again", "Log in again: this needs a session younger than 10 minutes.")
-    admins = sa.select(users.c.id).where(users.c.role == "admin", users.c.is_active)
-
-    def leave(db: sa.Connection) -> None:
-        if list(db.scalars(admins)) == [user.id]:
-            raise ApiError(409, "last_admin", "The last active admin stays.")
-        db.execute(sa.delete(users).where(users.c.id == user.id))
-
-    await database.write(leave)
+    await database.write(lambda db: change_user(db, user.id, None))
 
 
 todo = router(prefix=f"{API}/tasks", tags=["tasks"])
@@ -1645,12 +2117,103 @@ async def list_tasks(user: CurrentUser, query: Annotated[TaskQuery, Query()], re
     return await reply.page(query, TaskPublic, filtered(query).where(tasks.c.owner_id == user.id))
 
 
+IdempotencyKey = Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")]
+
+
 @todo.post("", status_code=201)
-async def create_task(user: CurrentUser, body: TaskCreate, reply: Answering) -> TaskPublic:
-    """Create a task. `Location` is its path, `ETag` its version."""
-    task = await changing(user.id, lambda transaction: transaction.save(None, body.values()), still(user))
+async def create_task(
+    user: CurrentUser, body: TaskCreate, reply: Answering, response: Response, idempotency_key: IdempotencyKey = None
+) -> TaskPublic:
+    """Create a task. `Location` is its path, `ETag` its version.
+
+    The same `Idempotency-Key` again gives the task that it created, with 200 and `Idempotency-Replayed: true`.
+    """
+    known = sa.select(*public_task).where(tasks.c.owner_id == user.id, tasks.c.idempotency_key == idempotency_key)
+
+    def create(transaction: Transaction) -> TaskPublic:
+        for row in transaction.db.execute(known) if idempotency_key else ():
+            response.status_code, response.headers["Idempotency-Replayed"] = 200, "true"
+            return TaskPublic(**row._mapping)
+        return transaction.create(body.values() | {"idempotency_key": idempotency_key})[0]
+
+    task = await changing(user.id, create, still(user))
     reply.headers.update({"Location": f"{reply.path}/{task.id}", "ETag": f'"{task.version}"'})
     return task
+
+
+MAX_IMPORT_LINES = 20_000
+EXPORTS = {"jsonl": "application/jsonl", "csv": "text/csv; charset=utf-8"}
+FORMULA = re.compile(r"\s*[=+\-@|%\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
+
+
+def csv_line(values: Iterable[Any]) -> str:
+    """One CSV row; before what a spreadsheet would execute stands an apostrophe. Ref: RFC 4180; OWASP CSV Injection."""
+    line = io.StringIO()
+    csv.writer(line).writerow(
+        f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value for value in values
+    )
+    return line.getvalue()
+
+
+async def export_lines(owner_id: int, form: str) -> AsyncIterator[str]:
+    """Every task outside the trash, by id, a batch in memory at a time. CSV begins with a mark that says UTF-8."""
+    last = 0
+    if form == "csv":
+        yield "\ufeff" + csv_line(TaskPublic.model_fields)
+    mine = (
+        sa.select(*public_task).where(tasks.c.owner_id == owner_id, tasks.c.deleted_at.is_(None)).order_by(tasks.c.id)
+    )
+    while rows := await fetch(mine.where(tasks.c.id > last).limit(BATCH)):
+        exported, last = [TaskPublic(**row._mapping) for row in rows], rows[-1].id
+        if form == "csv":
+            yield "".join(csv_line(task.model_dump(mode="json").values()) for task in exported)
+        else:
+            yield "".join(f"{task.model_dump_json()}\n" for task in exported)
+
+
+@todo.get("/export", response_class=StreamingResponse)
+async def export_tasks(user: CurrentUser, format: Literal["jsonl", "csv"] = "jsonl") -> StreamingResponse:
+    """All tasks outside the trash: JSON Lines for an import elsewhere, or CSV for a spreadsheet."""
+    headers = {"Content-Disposition": f'attachment; filename="tasks.{format}"'}
+    return StreamingResponse(export_lines(user.id, format), headers=headers, media_type=EXPORTS[format])
+
+
+def raw_body(hint: str, schema: dict[str, Any], *media_types: str) -> dict[str, Any]:
+    """For `openapi_extra`: a body that the route reads itself, of at most MAX_UPLOAD_MIB and one of these types."""
+    content = {media_type: {"schema": schema} for media_type in media_types}
+    return {"requestBody": {"required": True, "description": hint, "content": content}}
+
+
+def imported_rows(body: bytes) -> list[dict[str, Any]]:
+    """The columns of each line. Errors: 422 with every refused line by its number; 413 too many."""
+    lines, rows, refused = body.split(b"\n"), [], []
+    if len(lines) > MAX_IMPORT_LINES:
+        raise ApiError(413, "too_many_lines", f"An import has at most {MAX_IMPORT_LINES} lines; send several.")
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [TaskImport.model_validate_json(line).values()] if line.strip() else []
+        except ValidationError as error:
+            refused += [(f"line {number}: {name}".removesuffix(": "), message) for name, message in complaints(error)]
+    if refused:
+        raise invalid(*refused)
+    return rows
+
+
+JSON_LINES = "JSON Lines: curl -H 'Content-Type: application/jsonl' --data-binary @tasks.jsonl"
+
+
+@todo.post(
+    "/import", status_code=201, openapi_extra=raw_body(JSON_LINES, {}, "application/jsonl", "application/x-ndjson")
+)
+async def import_tasks(user: CurrentUser, request: Request) -> Imported:
+    """Take what an export gave, one task a line, all or nothing; owner, ids and versions are new.
+
+    Errors: 413; 422 refused lines by their number
+    """
+    rows = await asyncio.to_thread(imported_rows, await request.body())
+    if rows:
+        await changing(user.id, lambda transaction: transaction.create(*rows), still(user), count=len(rows))
+    return Imported(imported=len(rows))
 
 
 Since = Annotated[str, Query(pattern=r"^[0-9]{1,18}(~[0-9]{1,18})?$")]
@@ -1755,16 +2318,20 @@ class TaskEdit:
     def __init__(self, task_id: Id, user: CurrentUser, reply: Answering, if_match: IfMatch = None) -> None:
         self.task_id, self.user, self.reply, self.if_match = task_id, user, reply, if_match
 
-    async def save(self, values: dict[str, Any], trashed: bool = False) -> TaskPublic:
-        """Find, check, write. Errors: 404 absent, not yours or on the other side of the trash; 412 stale version."""
+    async def run(self, work: Callable[[Transaction, TaskPublic], T], trashed: bool = False) -> T:
+        """Find, check, work. Errors: 404 absent, not yours or on the other side of the trash; 412 stale version."""
 
-        def edit(transaction: Transaction) -> TaskPublic:
+        def edit(transaction: Transaction) -> T:
             before = find_task(transaction.db, self.task_id, self.user.id, trashed)
             if self.if_match is not None and not etag_matches(self.if_match, f'"{before.version}"'):
                 raise ApiError(412, "version_mismatch", f'The task is at version "{before.version}" now.')
-            return transaction.save(before, values)
+            return work(transaction, before)
 
-        task = await changing(self.user.id, edit, still(self.user))
+        return await changing(self.user.id, edit, still(self.user))
+
+    async def save(self, values: dict[str, Any], trashed: bool = False) -> TaskPublic:
+        """New values of the task. Errors: those of `run`."""
+        task = await self.run(lambda transaction, before: transaction.update(before, values), trashed)
         self.reply.headers["ETag"] = f'"{task.version}"'
         return task
 
@@ -1802,6 +2369,153 @@ async def trash_task(edit: Edit) -> None:
 async def restore_task(edit: Edit) -> TaskPublic:
     """Take a task out of the trash. Errors: 404 absent, not yours or not in the trash; 412 stale version."""
     return await edit.save({"deleted_at": None}, trashed=True)
+
+
+OFFICE = "application/vnd.openxmlformats-officedocument."
+FILE_KINDS: dict[str, tuple[str, bytes, bytes]] = {
+    # Extension: media type, a pattern for how the content begins (none: UTF-8 text), what is found within.
+    "txt": ("text/plain", b"", b""),
+    "md": ("text/markdown", b"", b""),
+    "csv": ("text/csv", b"", b""),
+    "pdf": ("application/pdf", b"%PDF-", b""),
+    "png": ("image/png", b"\x89PNG\r\n\x1a\n", b""),
+    "jpg": ("image/jpeg", b"\xff\xd8\xff", b""),
+    "gif": ("image/gif", b"GIF8[79]a", b""),
+    "webp": ("image/webp", b"(?s)RIFF....WEBP", b""),
+    "doc": ("application/msword", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", b""),
+    "docx": (f"{OFFICE}wordprocessingml.document", b"PK\x03\x04", b"word/"),
+    "xlsx": (f"{OFFICE}spreadsheetml.sheet", b"PK\x03\x04", b"xl/"),
+    "zip": ("application/zip", b"PK(\x03\x04|\x05\x06)", b""),
+}
+
+
+class Upload(MultiPartParser):
+    """One file of a form, refused at the first byte that its name or its limit does not allow.
+
+    Starlette keeps what is beyond 1 MiB in a temporary file, so that an upload on its way costs no more memory.
+    """
+
+    filename, head, tail, size_bytes = "", b"", b"", 0
+
+    def on_headers_finished(self) -> None:
+        """A part begins. Errors: 415 by its name; 422 no file."""
+        super().on_headers_finished()
+        name = getattr(self._current_part.file, "filename", "")
+        self.filename = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "_", re.split(r"[/\\]", name)[-1])[-200:]
+        kind = FILE_KINDS.get(self.filename.rpartition(".")[2].lower())
+        if not name:
+            raise invalid(("file", "is missing; send one with curl -F file=@NAME"))
+        if kind is None:
+            raise ApiError(415, "unsupported_file_type", f"Kept are files named {', '.join(FILE_KINDS)}.")
+        self.media_type, self.begins, self.within = kind
+        self.sha256, self.utf8 = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        """Some of the file. Errors: 413; 415."""
+        super().on_part_data(data, start, end)
+        self.size_bytes += end - start
+        if self.size_bytes > settings.max_upload_mib * 2**20:
+            raise ApiError(413, "body_too_large", f"The file is larger than {settings.max_upload_mib} MiB.")
+        self.sha256.update(data[start:end])
+        self.check(data[start:end])
+
+    def on_part_end(self) -> None:
+        """The end of the file. Errors: 415."""
+        super().on_part_end()
+        self.check(b"", final=True)
+
+    def check(self, piece: bytes, final: bool = False) -> None:
+        """The content is what the name says, as far as it is here. Errors: 415."""
+        self.head = (self.head + piece)[:16]
+        found, self.tail = self.within in self.tail + piece, (self.tail + piece)[-16:]
+        self.within = b"" if found else self.within
+        genuine = not self.begins or re.match(self.begins, self.head) or not (final or len(self.head) == 16)
+        try:
+            text = "" if self.begins else self.utf8.decode(piece, final)
+        except UnicodeDecodeError:
+            genuine, text = False, ""
+        if not genuine or "\0" in text or (final and self.within):
+            raise ApiError(415, "unsupported_file_type", "The content is not what the file's name says.")
+
+
+A_FILE = {"type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}}
+FORM_DATA = raw_body("a form with one file: curl -F file=@NAME", A_FILE, "multipart/form-data")
+
+
+@todo.get("/{task_id}/attachments")
+async def list_attachments(task: OwnedTask) -> Collection[AttachmentPublic]:
+    """The files at a task, oldest first. Errors: 404 absent or not yours."""
+    here = sa.select(*public_attachment).where(attachments.c.task_id == task.id).order_by(attachments.c.id)
+    return Collection(data=[AttachmentPublic(**row._mapping) for row in await fetch(here)])
+
+
+@todo.post("/{task_id}/attachments", status_code=201, openapi_extra=FORM_DATA)
+async def attach_file(_task: OwnedTask, edit: Edit, request: Request) -> AttachmentPublic:
+    """Keep a file at a task, which gets its next version. Named by its last path segment; 5 MiB at most.
+
+    Errors: 404 absent or not yours; 412 stale version; 413 body_too_large, storage_full; 415 unsupported_file_type
+    """
+    upload = Upload(request.headers, request.stream(), max_files=1)
+    try:
+        form = await upload.parse()
+    except (MultiPartException, ValueError):
+        raise ApiError(400, "invalid_form", "The body is no multipart form with one file.") from None
+    file: Any = next((part for _, part in form.multi_items()), None)
+    if file is None:
+        raise invalid(("file", "is missing; send one with curl -F file=@NAME"))
+
+    def attach(transaction: Transaction, before: TaskPublic) -> AttachmentPublic:
+        sizes = sa.select(sa.func.sum(attachments.c.size_bytes)).join(tasks).where(tasks.c.owner_id == before.owner_id)
+        if (transaction.db.scalar(sizes) or 0) + upload.size_bytes > settings.max_storage_mib * 2**20:
+            raise ApiError(413, "storage_full", f"All your attachments may have {settings.max_storage_mib} MiB.")
+        values = {"task_id": before.id, "filename": upload.filename, "content_type": upload.media_type}
+        values |= {"size_bytes": upload.size_bytes, "sha256": upload.sha256.hexdigest(), "created_at": now()}
+        kept = sa.insert(attachments).values(**values, content=file.file.read()).returning(*public_attachment)
+        transaction.update(before, {"attachments": before.attachments + 1})
+        return AttachmentPublic(**transaction.db.execute(kept).one()._mapping)
+
+    try:
+        attachment = await edit.run(attach)
+    finally:
+        await form.close()
+    edit.reply.headers["Location"] = f"{edit.reply.prefix}{API}/attachments/{attachment.id}"
+    return attachment
+
+
+files = router(prefix=f"{API}/attachments", tags=["attachments"])
+
+
+def find_attachment(db: sa.Connection, attachment_id: int, owner_id: int) -> AttachmentPublic:
+    """A file at a task of one owner that is not in the trash. Errors: 404."""
+    mine = (attachments.c.id == attachment_id) & (tasks.c.owner_id == owner_id) & tasks.c.deleted_at.is_(None)
+    if row := db.execute(sa.select(*public_attachment).join(tasks).where(mine)).one_or_none():
+        return AttachmentPublic(**row._mapping)
+    raise not_found("attachment", attachment_id)
+
+
+@files.get("/{attachment_id}", response_class=Response)
+async def download_attachment(attachment_id: Id, user: CurrentUser, reply: Answering) -> Response:
+    """The file, as a download. Errors: 304 unchanged; 404 absent or not yours. Ref: RFC 6266."""
+    attachment = await database.read(lambda db: find_attachment(db, attachment_id, user.id))
+    reply.tag(f'"{attachment.sha256}"')
+    plain, exact = re.sub(r"[^A-Za-z0-9 ._-]", "_", attachment.filename), quote(attachment.filename, safe="")
+    headers = {"Content-Disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{exact}"}
+    for (content,) in await fetch(sa.select(attachments.c.content).where(attachments.c.id == attachment_id)):
+        return Response(content, headers=headers | {"ETag": reply.headers["ETag"]}, media_type=attachment.content_type)
+    raise not_found("attachment", attachment_id)
+
+
+@files.delete("/{attachment_id}", status_code=204)
+async def delete_attachment(attachment_id: Id, user: CurrentUser) -> None:
+    """Delete a file for good; its task gets its next version. Errors: 404 absent or not yours."""
+
+    def detach(transaction: Transaction) -> None:
+        attachment = find_attachment(transaction.db, attachment_id, user.id)
+        task = find_task(transaction.db, attachment.task_id, user.id)
+        transaction.db.execute(sa.delete(attachments).where(attachments.c.id == attachment_id))
+        transaction.update(task, {"attachments": task.attachments - 1})
+
+    await changing(user.id, detach, still(user))
 
 
 live = APIRouter()
@@ -1890,12 +2604,71 @@ async def list_users(_admin: AdminUser, query: Annotated[PageQuery, Query()], re
     return await reply.page(query, UserPublic, sa.select(users).order_by(users.c.id))
 
 
+@admin.post("/users", status_code=201)
+async def create_user(_admin: AdminUser, body: AdminUserCreate, reply: Answering) -> UserPublic:
+    """Create an account. Errors: 403 admin_required; 409 username_taken."""
+    user = await add_user(lambda _db, user: user, body.username, body.password, body.role, body.email)
+    reply.headers["Location"] = f"{reply.path}/{user.id}"
+    return user
+
+
 @admin.get("/users/{user_id}")
 async def read_user(user_id: Id, _admin: AdminUser) -> UserPublic:
     """One account. Errors: 403 admin_required; 404 absent."""
     for row in await fetch(sa.select(users).where(users.c.id == user_id)):
         return UserPublic(**row._mapping)
     raise not_found("user", user_id)
+
+
+@admin.patch("/users/{user_id}")
+async def update_user(user_id: Id, _admin: AdminUser, body: AdminUserUpdate) -> UserPublic:
+    """Change role, `is_active` or password; disabling and a new password end the account's sessions and API tokens.
+
+    Errors: 403 admin_required; 404 absent; 409 last_admin
+    """
+    values = body.model_dump()
+    if password := values.pop("password", None):
+        values["password_hash"] = await in_thread(password_workers, hash_password, password)
+    return await database.write(lambda db: change_user(db, user_id, values))
+
+
+@admin.delete("/users/{user_id}", status_code=204)
+async def delete_user(user_id: Id, _admin: AdminUser) -> None:
+    """Delete an account with everything in it. Errors: 403 admin_required; 404 absent; 409 last_admin."""
+    await database.write(lambda db: change_user(db, user_id, None))
+
+
+@admin.post("/cleanup", status_code=202, response_class=Response)
+async def start_cleanup(_admin: AdminUser, background: BackgroundTasks, reply: Answering) -> Response:
+    """Remove now what has expired. The result stands in /health/detailed. Errors: 403 admin_required."""
+    background.add_task(clean_up)
+    return Response(status_code=202, headers={"Location": f"{reply.prefix}/health/detailed"})
+
+
+@admin.post("/webhook_test")
+async def call_webhook(_admin: AdminUser) -> WebhookTest:
+    """Call the webhook now, once. Errors: 403 admin_required; 409 webhook_off."""
+    if not settings.webhook_url:
+        raise ApiError(409, "webhook_off", "WEBHOOK_URL is not set.")
+    began, result = time.perf_counter(), dict[str, Any]()
+    try:
+        result["status"] = await outbox.post('{"type":"test"}', f"msg_{secrets.token_hex(12)}")
+    except httpx.HTTPError as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+    return WebhookTest(milliseconds=round((time.perf_counter() - began) * 1000, 1), **result)
+
+
+async def backup_copy(_admin: AdminUser) -> AsyncIterator[Path]:
+    """A copy of the database that is gone after the answer. Errors: 403 admin_required."""
+    with tempfile.TemporaryDirectory(prefix="backup-", dir=settings.data_dir) as directory:
+        await asyncio.to_thread(copy_database, database.path, copy := Path(directory, "tasks.db"))
+        yield copy
+
+
+@admin.get("/backup", response_class=FileResponse)
+async def download_backup(copy: Annotated[Path, Depends(backup_copy)]) -> FileResponse:
+    """The whole database at one moment, as a SQLite file for `python app.py restore`. Errors: 403 admin_required."""
+    return FileResponse(copy, media_type="application/vnd.sqlite3", filename=f"tasks-{now():%Y%m%dT%H%M%SZ}.db")
 
 
 @admin.get("/tasks")
@@ -1905,28 +2678,37 @@ async def list_all_tasks(_admin: AdminUser, query: AdminFilters, reply: Answerin
     return await reply.page(query, TaskPublic, filtered(query).where(*owner))
 
 
-health = router(prefix="/health", tags=["health"])
+health = router(tags=["health"])
 
 
-@health.get("", openapi_extra={"x-rate-limit": "none"})
+@health.get("/health", openapi_extra={"x-rate-limit": "none"})
 async def read_health() -> Health:
     """Alive, and the database answers. Errors: 503 database_unavailable."""
     await fetch(sa.select(users.c.id).limit(1))
     return Health()
 
 
-@health.get("/detailed", openapi_extra={"x-rate-limit": "none"})
+@health.get("/health/detailed", openapi_extra={"x-rate-limit": "none"})
 async def read_health_detailed() -> HealthDetailed:
     """The same, with figures. Errors: 503 database_unavailable."""
     began = time.perf_counter()
     await fetch(sa.select(users.c.id).limit(1))
     figures: Any = {"engine": "sqlite", "latency_ms": round((time.perf_counter() - began) * 1000, 2)}
     values: Any = {"uptime_seconds": int(time.monotonic() - started_at), "last_cleanup": last_cleanup}
-    streams = sum(len(feed.streams) for feed in feeds.values())
-    return HealthDetailed(version=VERSION, database=figures, live_connections=streams, **values)
+    return HealthDetailed(version=VERSION, database=figures, live_connections=live_connections(), **values)
 
 
-for resource in (auth, account, todo, live, admin, health):
+@health.get("/metrics", response_class=Response, openapi_extra={"x-rate-limit": "none"})
+async def read_metrics(request: Request, _token: Annotated[str | None, Depends(oauth2)]) -> Response:
+    """Figures for Prometheus, for an admin unless METRICS says otherwise. Errors: 403 admin_required; 404 off."""
+    if settings.metrics == "off":
+        raise ApiError(404, "not_found", "METRICS is off.")
+    if settings.metrics == "admin":
+        await admin_user(await current_user(request, None))
+    return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+
+for resource in (auth, account, todo, files, live, admin, health):
     app.include_router(resource)
 
 # ── 12 Command line ─────────────────────────────────────────────────────────────────────────────
@@ -1957,41 +2739,105 @@ def serve(reload: bool) -> None:
         return uvicorn.run("app:app", reload=True, app_dir=str(Path(__file__).parent), **options)
 
 
-def set_account(name: str, role: str | None) -> None:
-    """Create an account, or without a role set a new password and end every session. Errors: SystemExit."""
-    typed = getpass.getpass("Password (empty: generated): ") if sys.stdin.isatty() else sys.stdin.readline().strip("\n")
-    password = valid_or_exit(lambda: a_password.validate_python(typed or new_token()), "password")
-    columns = new_user(valid_or_exit(lambda: a_username.validate_python(name), "name"), password, role or "user")
+def restore(backup: Path) -> str:
+    """Put a backup in the place of the database; returns where that is kept. Errors: SystemExit; see `main`.
+
+    Every seq leaps ahead, so that a client which saw a later past is told to synchronise anew.
+    """
+    database.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="restore-", dir=settings.data_dir) as directory:
+        copy_database(backup, copy := Path(directory, "tasks.db"))
+        engine = sqlite_engine(copy, "BEGIN", 1)
+        with engine.begin() as db:
+            ahead = users.c.seq + RESTORE_LEAP
+            db.execute(sa.update(users).values(seq=ahead, purged_seq=ahead))
+            upgrade(db, lambda: backup)
+        engine.dispose()
+        done = f"Done. The database before is kept in {database.keep_copy()}" if database.path.exists() else "Done."
+        database.path.touch(0o600)
+        with contextlib.closing(sqlite3.connect(database.path, timeout=0)) as target:
+            target.execute("PRAGMA journal_mode=DELETE")  # Refused as long as a server has it open.
+            with contextlib.closing(sqlite3.connect(copy)) as source:
+                source.backup(target)
+    return done
+
+
+def account_command(command: str, name: str, option: str) -> str:
+    """create-user, reset-password, token: what to say at the end. Errors: SystemExit."""
+    secret, done = "", "Done."
+    if command != "token":
+        secret = (
+            getpass.getpass("Password (empty: generated): ") if sys.stdin.isatty() else sys.stdin.readline().strip("\n")
+        )
+        done = done if secret else f"Done. The password is {(secret := new_token())}"
+        valid_or_exit(lambda: a_password.validate_python(secret), "password")
+    columns = new_user(valid_or_exit(lambda: a_username.validate_python(name), "name"), secret, option)
     open_database()
-    this = users.c.username_key == columns["username_key"]
     with database.writer.begin() as db:
-        known = db.scalar(sa.select(users.c.id).where(this))
-        if bool(known) == bool(role):  # A new account needs a free name, a new password a known one.
+        known = db.scalar(sa.select(users.c.id).where(users.c.username_key == columns["username_key"]))
+        if bool(known) == (command == "create-user"):  # A new account needs a free name, the rest a known one.
             raise SystemExit(f"name: {name} {'is taken' if known else 'does not exist'}")
-        if known is None:
+        if command == "create-user":
             db.execute(sa.insert(users).values(columns))
+        elif command == "reset-password":
+            change_user(db, known or 0, {"password_hash": columns["password_hash"]})
         else:
-            db.execute(sa.delete(sessions).where(sessions.c.user_id == known))
-            db.execute(sa.update(users).where(this).values(password_hash=columns["password_hash"]))
+            done = new_api_token(
+                db, known or 0, ApiTokenCreate.model_validate({"name": "command line", "scope": option})
+            ).token
     database.close()
-    print("Done." if typed else f"Done. The password is {password}")  # noqa: T201
+    return done
+
+
+COMMANDS = {
+    "create-user": ("NAME", "make an account; the password is asked for, or read from standard input"),
+    "reset-password": ("NAME", "give an account a new password, and end its sessions and API tokens"),
+    "token": ("NAME", "make an API token for an account, and print it"),
+    "backup": ("FILE", "copy the database into a new file"),
+    "restore": ("FILE", "put a backup in the database's place; only while no server runs"),
+    "cleanup": ("", "remove what has expired, now"),
+}
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """One command; returns what to say at the end. Errors: SystemExit; see `main`."""
+    if arguments.command == "restore":
+        return restore(arguments.what)
+    if arguments.command == "backup":
+        copy_database(database.path, arguments.what)
+        return "Done."
+    if arguments.command == "cleanup":
+        open_database()
+        asyncio.run(clean_up())
+        return json.dumps(last_cleanup, default=str)
+    return account_command(arguments.command, arguments.what, arguments.option)
 
 
 def main() -> None:
-    """Parse the command line."""
+    """Parse the command line and do as it says."""
     parser = argparse.ArgumentParser(prog="app.py", description="Onefile Tasks. Without a command, it serves.")
-    parser.add_argument("command", nargs="?", choices=["create-user", "reset-password"], help="asks for the password")
-    parser.add_argument("name", nargs="?", help="of the account; a reset ends all its sessions")
-    parser.add_argument("--admin", action="store_true", help="create-user: with the role admin")
-    parser.add_argument("--reload", action="store_true", help="serve: start again whenever app.py changes")
+    parser.add_argument("--reload", action="store_true", help="start again whenever app.py changes")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (what, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(option="user")
+        if what:
+            command.add_argument("what", metavar=what, type=Path if what == "FILE" else str)
+        if name == "create-user":
+            command.add_argument(
+                "--admin", dest="option", action="store_const", const="admin", help="with the role admin"
+            )
+        if name == "token":
+            command.add_argument(
+                "--scope", dest="option", choices=["read", "write"], default="write", help="default: write"
+            )
     arguments = parser.parse_args()
-    if arguments.command and not arguments.name:
-        parser.error("a command needs a name")
-    if arguments.command:
-        role = {"create-user": "admin" if arguments.admin else "user"}.get(arguments.command)
-        set_account(arguments.name, role)
-    else:
-        serve(arguments.reload)
+    if arguments.command is None:
+        return serve(arguments.reload)
+    try:
+        print(run(arguments))  # noqa: T201
+    except (OSError, sqlite3.Error, sa.exc.DatabaseError) as error:
+        raise SystemExit(f"{arguments.command}: {reason(error)}") from None
 
 
 if __name__ == "__mp_main__":  # A child of --reload has run this file already: let it not define the tables again.
