@@ -2753,10 +2753,11 @@ def restore(backup: Path) -> str:
             db.execute(sa.update(users).values(seq=ahead, purged_seq=ahead))
             upgrade(db, lambda: backup)
         engine.dispose()
-        done = f"Done. The database before is kept in {database.keep_copy()}" if database.path.exists() else "Done."
+        there = database.path.exists()
         database.path.touch(0o600)
         with contextlib.closing(sqlite3.connect(database.path, timeout=0)) as target:
-            target.execute("PRAGMA journal_mode=DELETE")  # Refused as long as a server has it open.
+            target.execute("PRAGMA journal_mode=DELETE")  # "database is locked" while a server has it open.
+            done = f"Done. The database before is kept in {database.keep_copy()}" if there else "Done."
             with contextlib.closing(sqlite3.connect(copy)) as source:
                 source.backup(target)
     return done
