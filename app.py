@@ -77,7 +77,7 @@ import time
 import unicodedata
 from base64 import b64encode
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from math import ceil
@@ -96,19 +96,7 @@ import uvicorn
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
-from fastapi import (
-    APIRouter,
-    BackgroundTasks,
-    Depends,
-    FastAPI,
-    Header,
-    HTTPException,
-    Query,
-    Request,
-    Response,
-    WebSocket,
-    params,
-)
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response, WebSocket, params
 from fastapi.dependencies.utils import get_flat_params
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
@@ -120,9 +108,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from slowapi import Limiter
 from sqlmodel import Field, SQLModel
 from standardwebhooks import Webhook
+from starlette.background import BackgroundTask
 from starlette.datastructures import MutableHeaders
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -133,8 +123,9 @@ MAX_ID = 2**63 - 1  # SQLite and PostgreSQL integers end here; one more is an Ov
 
 log = logging.getLogger("onefile_tasks")
 T = TypeVar("T")
+Item = TypeVar("Item", bound=SQLModel)
 
-prometheus_client.disable_created_metrics()
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 REQUESTS = prometheus_client.Counter("http_requests", "Requests answered.", ["method", "route", "status"])
 LATENCY = prometheus_client.Histogram("http_request_duration_seconds", "Until the answer began.", ["method", "route"])
 LIVE_CONNECTIONS = prometheus_client.Gauge("live_connections", "Open WebSockets and event streams.")
@@ -161,14 +152,6 @@ def networks(text: str) -> str:
     return ",".join(part if part == "*" else str(ipaddress.ip_network(part)) for part in parts)
 
 
-def origins(text: str) -> str:
-    """`https://app.example.org`, several by commas, or `*`. Errors: ValueError."""
-    parts = [part for part in text.replace(" ", "").split(",") if part]
-    if not all(part == "*" or re.fullmatch(r"https?://[a-z0-9.-]+(:\d+)?", part) for part in parts):
-        raise ValueError("must be origins like https://app.example.org, without a path")
-    return ",".join(parts)
-
-
 def webhook_key(secret: SecretStr, info: pydantic.ValidationInfo) -> SecretStr:
     """`whsec_` and 24 to 64 bytes in base64, if WEBHOOK_URL is set. Errors: ValueError. Ref: Standard Webhooks."""
     shape = r"whsec_(?=.{32,88}$)([A-Za-z0-9+/]{4})+([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
@@ -178,6 +161,7 @@ def webhook_key(secret: SecretStr, info: pydantic.ValidationInfo) -> SecretStr:
 
 
 RateLimit = Annotated[Any, AfterValidator(rate)]
+ORIGIN = r"(\*|https?://[a-z0-9.-]+(:[0-9]+)?)"
 
 
 class Settings(BaseSettings):
@@ -206,7 +190,7 @@ class Settings(BaseSettings):
     max_body_kib: int = pydantic.Field(default=64, ge=1, le=65536)
     max_upload_mib: int = pydantic.Field(default=5, ge=1, le=512)
     max_storage_mib: int = pydantic.Field(default=100, ge=0, le=2**20)
-    cors_origins: Annotated[str, AfterValidator(origins)] = ""
+    cors_origins: str = pydantic.Field(default="", pattern=rf"^({ORIGIN}(, ?{ORIGIN})*)?$")
     trusted_proxies: Annotated[str, AfterValidator(networks)] = ""
     docs: Literal["on", "off"] = "on"
     metrics: Literal["admin", "open", "off"] = "admin"
@@ -263,12 +247,6 @@ def not_found(kind: str, key: int) -> ApiError:
     return ApiError(404, f"{kind}_not_found", f"No {kind} {key}.")
 
 
-def insufficient_scope() -> ApiError:
-    """403 for an API token where it has no business. Ref: RFC 6750 §3.1."""
-    header = {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}
-    return ApiError(403, "insufficient_scope", "This API token may not do that.", header)
-
-
 def unauthorized(code: str = "not_authenticated", message: str = "Send a valid access token.") -> ApiError:
     """401. Ref: RFC 6750 §3."""
     return ApiError(401, code, message, {"WWW-Authenticate": "Bearer"})
@@ -300,9 +278,8 @@ def resync_required() -> ApiError:
 def sqlite_engine(path: Path, begin: str, pool_size: int, *pragmas: str) -> sa.Engine:
     """An engine on one file: connections are configured by `pragmas`, transactions start with `begin`."""
     options: Any = {"connect_args": {"isolation_level": None}, "hide_parameters": True}  # A log is no place for them.
-    engine = sa.create_engine(
-        sa.URL.create("sqlite", database=str(path)), pool_size=pool_size, max_overflow=0, **options
-    )
+    url = sa.URL.create("sqlite", database=str(path))
+    engine = sa.create_engine(url, pool_size=pool_size, max_overflow=0, **options)
 
     @sa.event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: object) -> None:
@@ -378,6 +355,13 @@ database = Database()
 async def fetch(statement: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
     """All rows of one query."""
     return await database.read(lambda db: db.execute(statement).all())
+
+
+def find(db: sa.Connection, model: type[Item], statement: Any, kind: str, key: int) -> Item:
+    """The one row of a statement, as an answer. Errors: 404."""
+    if row := db.execute(statement).one_or_none():
+        return model(**row._mapping)
+    raise not_found(kind, key)
 
 
 async def execute(statement: sa.Update | sa.Delete) -> int:
@@ -534,7 +518,8 @@ def upgrade(db: sa.Connection, keep_copy: Callable[[], Path]) -> None:
     for kind, *what in changes:
         optional = kind == "add_column" and (what[-1].nullable or what[-1].server_default is not None)
         if kind not in ("add_table", "add_index") and not optional:
-            raise SystemExit(f"DATA_DIR: no upgrade in place can {kind} {' '.join(str(each) for each in what if each)}")
+            names = " ".join(str(each) for each in what[:3] if each)
+            raise SystemExit(f"DATA_DIR: no upgrade in place makes this database the program's: {kind} {names}")
     if changes:
         print(f"  Upgrade    the database as it was is kept in {keep_copy()}", flush=True)  # noqa: T201
     SQLModel.metadata.create_all(db)
@@ -611,7 +596,6 @@ Password = Annotated[str, StringConstraints(min_length=8, max_length=256), Stora
 a_username, a_password = pydantic.TypeAdapter(Username), pydantic.TypeAdapter(Password)
 Email = Annotated[str, StringConstraints(max_length=254, pattern=r"^[^@\s]+@[^@\s]+$"), Storable]
 Seq = Annotated[int, pydantic.Field(ge=0, le=MAX_ID)]
-Item = TypeVar("Item", bound=SQLModel)
 
 
 class Body(pydantic.BaseModel):
@@ -1052,9 +1036,7 @@ def find_task(db: sa.Connection, task_id: int, owner_id: int, trashed: bool = Fa
     """One task of one owner, in the trash or out of it. Errors: 404."""
     place = tasks.c.deleted_at.is_not(None) if trashed else tasks.c.deleted_at.is_(None)
     mine = sa.select(*public_task).where(tasks.c.id == task_id, tasks.c.owner_id == owner_id, place)
-    if row := db.execute(mine).one_or_none():
-        return TaskPublic(**row._mapping)
-    raise not_found("task", task_id)
+    return find(db, TaskPublic, mine, "task", task_id)
 
 
 async def owned_task(task_id: Id, user: CurrentUser) -> TaskPublic:
@@ -1074,7 +1056,8 @@ class Reply:
     """What a route needs to write headers: ETag, Link, Location."""
 
     def __init__(self, request: Request, response: Response) -> None:
-        self.request, self.headers, self.prefix = request, response.headers, request.scope["root_path"]
+        self.request, self.response, self.headers = request, response, response.headers
+        self.prefix = request.scope["root_path"]
         self.path = self.prefix + request.scope["path"].removeprefix(self.prefix)
 
     def tag(self, etag: str) -> None:
@@ -1164,17 +1147,16 @@ class Route(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler, guarded. Errors: 415; 422 unknown query parameter; 429. Ref: RFC 9110 §15.5.16."""
-        handle, elsewhere = super().get_route_handler(), (params.Path, params.Header)
+        handle, described = super().get_route_handler(), self.openapi_extra or {}
+        elsewhere = params.Path, params.Header
         known = {p.alias for p in get_flat_params(self.dependant) if not isinstance(p.field_info, elsewhere)}
-        bucket, extra = "read" if self.methods == {"GET"} else "write", (self.openapi_extra or {}).get("x-rate-limit")
-        for_logins = self.path.startswith(
-            (f"{API}/auth", f"{API}/admin") + ((f"{API}/users",) if bucket == "write" else ())
-        )
-        upload = (self.openapi_extra or {}).get("requestBody")
-        is_form = self.body_field is not None and isinstance(self.body_field.field_info, params.Form)
-        types = r"application/x-www-form-urlencoded" if is_form else r"application/(.+\+)?json"
-        types = "|".join(map(re.escape, upload["content"])) if upload else types
-        hint = "a form: curl -d" if is_form else "JSON: curl --json, or Content-Type: application/json"
+        bucket, extra = "read" if self.methods == {"GET"} else "write", described.get("x-rate-limit")
+        walls = (f"{API}/auth", f"{API}/admin") + ((f"{API}/users",) if bucket == "write" else ())
+        types, hint = r"application/(.+\+)?json", "JSON: curl --json, or Content-Type: application/json"
+        if self.body_field and isinstance(self.body_field.field_info, params.Form):
+            types, hint = r"application/x-www-form-urlencoded", "a form: curl -d"
+        if upload := described.get("requestBody"):
+            types, hint = "|".join(map(re.escape, upload["content"])), upload["description"]
 
         async def _guarded(request: Request) -> Response:
             request.state.route = self.path
@@ -1182,14 +1164,15 @@ class Route(APIRoute):
             user = request.state.user = await authenticate(request.headers.get("authorization"))
             counts = {extra: bucket_key(request.scope, None)} if extra else {}
             enforce(request.scope, counts | {bucket: bucket_key(request.scope, user)})
-            if user and user.scope and (for_logins or (user.scope, bucket) == ("read", "write")):
-                raise insufficient_scope()
+            if user and user.scope and (self.path.startswith(walls) or (user.scope, bucket) == ("read", "write")):
+                header = {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}  # RFC 6750 §3.1
+                raise ApiError(403, "insufficient_scope", "This API token may not do that.", header)
             if not request.query_params.keys() <= known:
                 raise invalid(("query", f"has an unknown parameter; known are: {', '.join(sorted(known)) or 'none'}"))
             media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
             if (upload or (self.body_field and has_body)) and not re.fullmatch(types, media_type):
-                raise ApiError(415, "unsupported_media_type", f"Send {upload['description'] if upload else hint}.")
+                raise ApiError(415, "unsupported_media_type", f"Send {hint}.")
             return await handle(request)
 
         return _guarded
@@ -1449,9 +1432,8 @@ class Outbox:
         while True:
             text, message_id = await self.waiting.get(), f"msg_{secrets.token_hex(12)}"
             for attempt in range(WEBHOOK_TRIES):
-                await asyncio.sleep(
-                    attempt and WEBHOOK_BACKOFF_SECONDS * 2**attempt * (0.5 + secrets.randbelow(100) / 100)
-                )
+                jitter = 0.5 + secrets.randbelow(1000) / 1000
+                await asyncio.sleep(attempt and WEBHOOK_BACKOFF_SECONDS * 2**attempt * jitter)
                 with contextlib.suppress(httpx.HTTPError):
                     if await self.post(text, message_id) < 300:
                         break
@@ -1624,25 +1606,16 @@ def explain(error: Exception, path: str = "") -> ApiError:
 
 def page_policy(html: bytes) -> str:
     """What /docs and /redoc may do: their own inline script, styles, a worker from memory. Ref: CSP 3 §2.3."""
-    hashes = [
-        b64encode(hashlib.sha256(text).digest()).decode() for text in re.findall(b"(?s)<script>(.*?)</script>", html)
-    ]
-    scripts = " ".join(["script-src 'self'", *(f"'sha256-{each}'" for each in hashes)])
+    digests = [hashlib.sha256(script).digest() for script in re.findall(b"(?s)<script>(.*?)</script>", html)]
+    scripts = " ".join(["script-src 'self'", *(f"'sha256-{b64encode(digest).decode()}'" for digest in digests)])
     rest = "style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; worker-src blob:"
     return f"{CONTENT_POLICY}; {scripts}; {rest}"
 
 
 def cross_origin(app: ASGIApp) -> ASGIApp:
     """Let the pages of CORS_ORIGINS read what this answers. No credentials: a token is no cookie. Ref: Fetch §3.3."""
-    if not settings.cors_origins:
-        return app
-    allowed: Any = {"allow_origins": settings.cors_origins.split(","), "allow_methods": ["*"], "allow_headers": ["*"]}
-    return CORSMiddleware(
-        app,
-        **allowed,
-        expose_headers=EXPOSED,
-        max_age=600,
-    )
+    origins, every = settings.cors_origins.replace(" ", "").split(","), ["*"]
+    return CORSMiddleware(app, origins, every, every, expose_headers=EXPOSED) if settings.cors_origins else app
 
 
 class SlowClient(Exception):
@@ -1671,10 +1644,8 @@ class Exchange:
         """Measure a body as it arrives. Errors: 413. Ref: RFC 9110 §15.5.14."""
         message = await self.raw_receive()
         self.arrived_bytes += len(message.get("body", b""))
-        if self.arrived_bytes > self.state["max_body_bytes"]:
-            raise ApiError(
-                413, "body_too_large", f"The body is larger than {self.state['max_body_bytes'] // 1024} KiB."
-            )
+        if self.arrived_bytes > (limit := self.state["max_body_bytes"]):
+            raise ApiError(413, "body_too_large", f"The body is larger than {limit // 1024} KiB.")
         return message
 
     async def send(self, message: Message) -> None:
@@ -1742,7 +1713,7 @@ class Gateway:
         exchange = Exchange(scope, receive, send)
         try:
             await self.app(exchange.scope, exchange.receive, exchange.send)
-        except WebSocketDisconnect:
+        except (ClientDisconnect, WebSocketDisconnect):
             log.debug("%s the client is gone", exchange.request_id)
         except asyncio.CancelledError:
             await exchange.fail(ApiError(503, "server_stopping", "The server is stopping.", {"Retry-After": "5"}))
@@ -1972,14 +1943,10 @@ public_api_token = [
 def new_api_token(db: sa.Connection, user_id: int, wanted: ApiTokenCreate) -> ApiTokenCreated:
     """A token that its owner sees once; here only its hash stays."""
     secret, moment = API_TOKEN_PREFIX + new_token(), now()
-    values = wanted.model_dump() | {
-        "user_id": user_id,
-        "token_hash": token_hash(secret),
-        "address": "",
-        "user_agent": "",
-    }
-    values |= {"created_at": moment, "last_used_at": moment, "expires_at": wanted.expires_at or NEVER}
-    row = db.execute(sa.insert(sessions).values(values).returning(*public_api_token)).one()
+    values: dict[str, Any] = {"user_id": user_id, "token_hash": token_hash(secret), "address": "", "user_agent": ""}
+    values |= {"created_at": moment, "last_used_at": moment, "name": wanted.name, "scope": wanted.scope}
+    new = sa.insert(sessions).values(**values, expires_at=wanted.expires_at or NEVER)
+    row = db.execute(new.returning(*public_api_token)).one()
     return ApiTokenCreated(**row._mapping, token=secret)
 
 
@@ -2036,9 +2003,7 @@ def change_user(db: sa.Connection, user_id: int, values: dict[str, Any] | None) 
     if "password_hash" in new or not new.get("is_active", True):
         db.execute(sa.delete(sessions).where(sessions.c.user_id == user_id))
     written: Any = sa.delete(users) if values is None else sa.update(users).values(values or {"seq": users.c.seq})
-    if row := db.execute(written.where(this).returning(users)).one_or_none():
-        return UserPublic(**row._mapping)
-    raise not_found("user", user_id)
+    return find(db, UserPublic, written.where(this).returning(users), "user", user_id)
 
 
 @account.patch("")
@@ -2117,65 +2082,64 @@ async def list_tasks(user: CurrentUser, query: Annotated[TaskQuery, Query()], re
     return await reply.page(query, TaskPublic, filtered(query).where(tasks.c.owner_id == user.id))
 
 
-IdempotencyKey = Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")]
+IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", pattern=r"^[\x21-\x7e]{1,255}$")]
 
 
 @todo.post("", status_code=201)
-async def create_task(
-    user: CurrentUser, body: TaskCreate, reply: Answering, response: Response, idempotency_key: IdempotencyKey = None
-) -> TaskPublic:
+async def create_task(user: CurrentUser, body: TaskCreate, reply: Answering, key: IdempotencyKey = None) -> TaskPublic:
     """Create a task. `Location` is its path, `ETag` its version.
 
     The same `Idempotency-Key` again gives the task that it created, with 200 and `Idempotency-Replayed: true`.
     """
-    known = sa.select(*public_task).where(tasks.c.owner_id == user.id, tasks.c.idempotency_key == idempotency_key)
+    known = sa.select(*public_task).where(tasks.c.owner_id == user.id, tasks.c.idempotency_key == key)
 
     def create(transaction: Transaction) -> TaskPublic:
-        for row in transaction.db.execute(known) if idempotency_key else ():
-            response.status_code, response.headers["Idempotency-Replayed"] = 200, "true"
+        for row in transaction.db.execute(known) if key else ():
+            reply.response.status_code, reply.headers["Idempotency-Replayed"] = 200, "true"
             return TaskPublic(**row._mapping)
-        return transaction.create(body.values() | {"idempotency_key": idempotency_key})[0]
+        return transaction.create(body.values() | {"idempotency_key": key})[0]
 
     task = await changing(user.id, create, still(user))
     reply.headers.update({"Location": f"{reply.path}/{task.id}", "ETag": f'"{task.version}"'})
     return task
 
 
-MAX_IMPORT_LINES = 20_000
-EXPORTS = {"jsonl": "application/jsonl", "csv": "text/csv; charset=utf-8"}
 FORMULA = re.compile(r"\s*[=+\-@|%\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 
 
-def csv_line(values: Iterable[Any]) -> str:
+def csv_line(task: TaskPublic) -> str:
     """One CSV row; before what a spreadsheet would execute stands an apostrophe. Ref: RFC 4180; OWASP CSV Injection."""
-    line = io.StringIO()
-    csv.writer(line).writerow(
-        f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value for value in values
-    )
+    values, line = task.model_dump(mode="json").values(), io.StringIO()
+    csv.writer(line).writerow(f"'{each}" if isinstance(each, str) and FORMULA.match(each) else each for each in values)
     return line.getvalue()
 
 
-async def export_lines(owner_id: int, form: str) -> AsyncIterator[str]:
-    """Every task outside the trash, by id, a batch in memory at a time. CSV begins with a mark that says UTF-8."""
-    last = 0
-    if form == "csv":
-        yield "\ufeff" + csv_line(TaskPublic.model_fields)
-    mine = (
-        sa.select(*public_task).where(tasks.c.owner_id == owner_id, tasks.c.deleted_at.is_(None)).order_by(tasks.c.id)
-    )
-    while rows := await fetch(mine.where(tasks.c.id > last).limit(BATCH)):
-        exported, last = [TaskPublic(**row._mapping) for row in rows], rows[-1].id
-        if form == "csv":
-            yield "".join(csv_line(task.model_dump(mode="json").values()) for task in exported)
-        else:
-            yield "".join(f"{task.model_dump_json()}\n" for task in exported)
+EXPORTS: dict[str, tuple[str, str, Callable[[TaskPublic], str]]] = {
+    # Name: media type, head, line. A byte order mark is how spreadsheets know UTF-8.
+    "jsonl": ("application/jsonl", "", lambda task: f"{task.model_dump_json()}\n"),
+    "csv": ("text/csv; charset=utf-8", f"\ufeff{','.join(TaskPublic.model_fields)}\r\n", csv_line),
+}
+
+
+async def export_lines(owner_id: int, head: str, line: Callable[[TaskPublic], str]) -> AsyncIterator[str]:
+    """Every task outside the trash, by id; one batch in memory at a time."""
+    yield head
+    last, mine = 0, (tasks.c.owner_id == owner_id) & tasks.c.deleted_at.is_(None)
+    batch = sa.select(*public_task).where(mine).order_by(tasks.c.id).limit(BATCH)
+    while rows := await fetch(batch.where(tasks.c.id > last)):
+        yield "".join(line(TaskPublic(**row._mapping)) for row in rows)
+        last = rows[-1].id
 
 
 @todo.get("/export", response_class=StreamingResponse)
 async def export_tasks(user: CurrentUser, format: Literal["jsonl", "csv"] = "jsonl") -> StreamingResponse:
     """All tasks outside the trash: JSON Lines for an import elsewhere, or CSV for a spreadsheet."""
+    media_type, head, line = EXPORTS[format]
     headers = {"Content-Disposition": f'attachment; filename="tasks.{format}"'}
-    return StreamingResponse(export_lines(user.id, format), headers=headers, media_type=EXPORTS[format])
+    return StreamingResponse(export_lines(user.id, head, line), headers=headers, media_type=media_type)
+
+
+MAX_IMPORT_LINES = 20_000
 
 
 def raw_body(hint: str, schema: dict[str, Any], *media_types: str) -> dict[str, Any]:
@@ -2199,12 +2163,11 @@ def imported_rows(body: bytes) -> list[dict[str, Any]]:
     return rows
 
 
-JSON_LINES = "JSON Lines: curl -H 'Content-Type: application/jsonl' --data-binary @tasks.jsonl"
+HOW_TO_IMPORT = "JSON Lines: curl -H 'Content-Type: application/jsonl' --data-binary @tasks.jsonl"
+JSON_LINES = raw_body(HOW_TO_IMPORT, {"type": "string"}, "application/jsonl", "application/x-ndjson")
 
 
-@todo.post(
-    "/import", status_code=201, openapi_extra=raw_body(JSON_LINES, {}, "application/jsonl", "application/x-ndjson")
-)
+@todo.post("/import", status_code=201, openapi_extra=JSON_LINES)
 async def import_tasks(user: CurrentUser, request: Request) -> Imported:
     """Take what an export gave, one task a line, all or nothing; owner, ids and versions are new.
 
@@ -2487,10 +2450,8 @@ files = router(prefix=f"{API}/attachments", tags=["attachments"])
 
 def find_attachment(db: sa.Connection, attachment_id: int, owner_id: int) -> AttachmentPublic:
     """A file at a task of one owner that is not in the trash. Errors: 404."""
-    mine = (attachments.c.id == attachment_id) & (tasks.c.owner_id == owner_id) & tasks.c.deleted_at.is_(None)
-    if row := db.execute(sa.select(*public_attachment).join(tasks).where(mine)).one_or_none():
-        return AttachmentPublic(**row._mapping)
-    raise not_found("attachment", attachment_id)
+    mine = sa.select(*public_attachment).join(tasks).where(tasks.c.owner_id == owner_id, tasks.c.deleted_at.is_(None))
+    return find(db, AttachmentPublic, mine.where(attachments.c.id == attachment_id), "attachment", attachment_id)
 
 
 @files.get("/{attachment_id}", response_class=Response)
@@ -2615,9 +2576,8 @@ async def create_user(_admin: AdminUser, body: AdminUserCreate, reply: Answering
 @admin.get("/users/{user_id}")
 async def read_user(user_id: Id, _admin: AdminUser) -> UserPublic:
     """One account. Errors: 403 admin_required; 404 absent."""
-    for row in await fetch(sa.select(users).where(users.c.id == user_id)):
-        return UserPublic(**row._mapping)
-    raise not_found("user", user_id)
+    this = sa.select(users).where(users.c.id == user_id)
+    return await database.read(lambda db: find(db, UserPublic, this, "user", user_id))
 
 
 @admin.patch("/users/{user_id}")
@@ -2639,10 +2599,10 @@ async def delete_user(user_id: Id, _admin: AdminUser) -> None:
 
 
 @admin.post("/cleanup", status_code=202, response_class=Response)
-async def start_cleanup(_admin: AdminUser, background: BackgroundTasks, reply: Answering) -> Response:
+async def start_cleanup(_admin: AdminUser, reply: Answering) -> Response:
     """Remove now what has expired. The result stands in /health/detailed. Errors: 403 admin_required."""
-    background.add_task(clean_up)
-    return Response(status_code=202, headers={"Location": f"{reply.prefix}/health/detailed"})
+    result = {"Location": f"{reply.prefix}/health/detailed"}
+    return Response(status_code=202, headers=result, background=BackgroundTask(clean_up))
 
 
 @admin.post("/webhook_test")
@@ -2765,14 +2725,13 @@ def restore(backup: Path) -> str:
 
 def account_command(command: str, name: str, option: str) -> str:
     """create-user, reset-password, token: what to say at the end. Errors: SystemExit."""
-    secret, done = "", "Done."
+    typed, shown = "", ""
     if command != "token":
-        secret = (
-            getpass.getpass("Password (empty: generated): ") if sys.stdin.isatty() else sys.stdin.readline().strip("\n")
-        )
-        done = done if secret else f"Done. The password is {(secret := new_token())}"
-        valid_or_exit(lambda: a_password.validate_python(secret), "password")
-    columns = new_user(valid_or_exit(lambda: a_username.validate_python(name), "name"), secret, option)
+        ask = "Password (empty: generated): "
+        typed = getpass.getpass(ask) if sys.stdin.isatty() else sys.stdin.readline().strip("\n")
+        shown = "" if typed else new_token()
+        valid_or_exit(lambda: a_password.validate_python(typed or shown), "password")
+    columns = new_user(valid_or_exit(lambda: a_username.validate_python(name), "name"), typed or shown, option)
     open_database()
     with database.writer.begin() as db:
         known = db.scalar(sa.select(users.c.id).where(users.c.username_key == columns["username_key"]))
@@ -2783,11 +2742,9 @@ def account_command(command: str, name: str, option: str) -> str:
         elif command == "reset-password":
             change_user(db, known or 0, {"password_hash": columns["password_hash"]})
         else:
-            done = new_api_token(
-                db, known or 0, ApiTokenCreate.model_validate({"name": "command line", "scope": option})
-            ).token
-    database.close()
-    return done
+            wanted = ApiTokenCreate.model_validate({"name": "command line", "scope": option})
+            return new_api_token(db, known or 0, wanted).token
+    return f"Done. The password is {shown}" if shown else "Done."
 
 
 COMMANDS = {
