@@ -547,9 +547,12 @@ trustno welcome whatever zxcvbn zxcvbnm 1q2w3e4r 1q2w3e4r5t 1qaz2wsx 1qaz2wsx3ed
 
 
 def storable(text: str) -> str:
-    """Refuse what no database or UTF-8 encoder takes. Errors: ValueError."""
-    if "\x00" in text or any("\ud800" <= character <= "\udfff" for character in text):
+    """Refuse what no database or UTF-8 encoder takes. Errors: ValueError. Ref: Unicode Annex 15 §13."""
+    if re.search("[\x00\ud800-\udfff]", text):
         raise ValueError("must not contain NUL or lone surrogates")
+    # Normalising sorts each run of combining marks, in quadratic time: thousands would stop the server for seconds.
+    if "x" * 31 in "".join("x" if unicodedata.combining(character) else " " for character in text):
+        raise ValueError("must not have more than 30 combining marks in a row")
     return text
 
 
@@ -1779,7 +1782,7 @@ class TokenIssuer:
         Failures count against the account, or against the session that asks; but not from an address
         that is logged in to the account, so that a stranger who exhausts the count locks nobody out.
         """
-        key = folded(name)[:200]
+        key, password = folded(name[:200]), password[:257]  # A form is checked by nobody; 256 is the longest password.
         user = next(iter(await fetch(sa.select(users).where(users.c.username_key == key))), None)
         living = logins & (sessions.c.user_id == (user and user.id)) & (sessions.c.expires_at > now())
         here = sa.select(sessions.c.address).where(living)
