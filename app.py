@@ -2361,16 +2361,16 @@ class Upload(MultiPartParser):
     Starlette keeps what is beyond 1 MiB in a temporary file, so that an upload on its way costs no more memory.
     """
 
-    filename, head, tail, size_bytes = "", b"", b"", 0
+    head, tail, size_bytes, whole = b"", b"", 0, False
 
     def on_headers_finished(self) -> None:
-        """A part begins. Errors: 415 by its name; 422 no file."""
+        """A part begins. Errors: 415 by its name; MultiPartException, no file."""
         super().on_headers_finished()
         name = getattr(self._current_part.file, "filename", "")
         self.filename = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "_", re.split(r"[/\\]", name)[-1])[-200:]
         kind = FILE_KINDS.get(self.filename.rpartition(".")[2].lower())
         if not name:
-            raise invalid(("file", "is missing; send one with curl -F file=@NAME"))
+            raise MultiPartException("not a file")
         if kind is None:
             raise ApiError(415, "unsupported_file_type", f"Kept are files named {', '.join(FILE_KINDS)}.")
         self.media_type, self.begins, self.within = kind
@@ -2389,6 +2389,7 @@ class Upload(MultiPartParser):
         """The end of the file. Errors: 415."""
         super().on_part_end()
         self.check(b"", final=True)
+        self.whole = True
 
     def check(self, piece: bytes, final: bool = False) -> None:
         """The content is what the name says, as far as it is here. Errors: 415."""
@@ -2403,6 +2404,27 @@ class Upload(MultiPartParser):
         if not genuine or "\0" in text or (final and self.within):
             raise ApiError(415, "unsupported_file_type", "The content is not what the file's name says.")
 
+    def content(self) -> bytes:
+        """All of it."""
+        return self._files_to_close_on_error[0].read()
+
+    def close(self) -> None:
+        """Remove what was kept."""
+        for file in self._files_to_close_on_error:
+            file.close()
+
+
+async def uploaded_file(_task: OwnedTask, request: Request) -> AsyncIterator[Upload]:
+    """The file, whole, for as long as the answer takes. Errors: 400; 404, before any of it is read; 413; 415."""
+    with contextlib.closing(Upload(request.headers, request.stream(), max_files=1)) as upload:
+        try:
+            await upload.parse()
+        except (MultiPartException, ValueError):
+            upload.whole = False
+        if not upload.whole:
+            raise ApiError(400, "invalid_form", "The body is no form with one file: curl -F file=@NAME.")
+        yield upload
+
 
 A_FILE = {"type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}}
 FORM_DATA = raw_body("a form with one file: curl -F file=@NAME", A_FILE, "multipart/form-data")
@@ -2416,34 +2438,23 @@ async def list_attachments(task: OwnedTask) -> Collection[AttachmentPublic]:
 
 
 @todo.post("/{task_id}/attachments", status_code=201, openapi_extra=FORM_DATA)
-async def attach_file(_task: OwnedTask, edit: Edit, request: Request) -> AttachmentPublic:
+async def attach_file(upload: Annotated[Upload, Depends(uploaded_file)], edit: Edit) -> AttachmentPublic:
     """Keep a file at a task, which gets its next version. Named by its last path segment; 5 MiB at most.
 
     Errors: 404 absent or not yours; 412 stale version; 413 body_too_large, storage_full; 415 unsupported_file_type
     """
-    upload = Upload(request.headers, request.stream(), max_files=1)
-    try:
-        form = await upload.parse()
-    except (MultiPartException, ValueError):
-        raise ApiError(400, "invalid_form", "The body is no multipart form with one file.") from None
-    file: Any = next((part for _, part in form.multi_items()), None)
-    if file is None:
-        raise invalid(("file", "is missing; send one with curl -F file=@NAME"))
+    values = {"filename": upload.filename, "content_type": upload.media_type, "size_bytes": upload.size_bytes}
+    values |= {"task_id": edit.task_id, "sha256": upload.sha256.hexdigest(), "created_at": now()}
+    sizes = sa.select(sa.func.sum(attachments.c.size_bytes)).join(tasks).where(tasks.c.owner_id == edit.user.id)
 
     def attach(transaction: Transaction, before: TaskPublic) -> AttachmentPublic:
-        sizes = sa.select(sa.func.sum(attachments.c.size_bytes)).join(tasks).where(tasks.c.owner_id == before.owner_id)
         if (transaction.db.scalar(sizes) or 0) + upload.size_bytes > settings.max_storage_mib * 2**20:
             raise ApiError(413, "storage_full", f"All your attachments may have {settings.max_storage_mib} MiB.")
-        values = {"task_id": before.id, "filename": upload.filename, "content_type": upload.media_type}
-        values |= {"size_bytes": upload.size_bytes, "sha256": upload.sha256.hexdigest(), "created_at": now()}
-        kept = sa.insert(attachments).values(**values, content=file.file.read()).returning(*public_attachment)
         transaction.update(before, {"attachments": before.attachments + 1})
+        kept = sa.insert(attachments).values(**values, content=upload.content()).returning(*public_attachment)
         return AttachmentPublic(**transaction.db.execute(kept).one()._mapping)
 
-    try:
-        attachment = await edit.run(attach)
-    finally:
-        await form.close()
+    attachment = await edit.run(attach)
     edit.reply.headers["Location"] = f"{edit.reply.prefix}{API}/attachments/{attachment.id}"
     return attachment
 
