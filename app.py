@@ -119,6 +119,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 VERSION = "1.0.0"
 API = "/api/v1"
+NEVER = datetime(9999, 12, 31, tzinfo=UTC)
 MAX_ID = 2**63 - 1  # SQLite and PostgreSQL integers end here; one more is an OverflowError in the driver.
 
 log = logging.getLogger("onefile_tasks")
@@ -326,6 +327,7 @@ class Database:
         """Open or create the file, readable by its owner alone. Errors: OSError."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path.touch(0o600)
+        self.watcher = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         self.reader = sqlite_engine(self.path, "BEGIN", 4, "query_only=ON")
         # FULL: an acknowledged write survives a power cut, not only a crash of this process.
         self.writer = sqlite_engine(self.path, "BEGIN IMMEDIATE", 1, "synchronous=FULL")
@@ -335,8 +337,16 @@ class Database:
         copy_database(self.path, kept := self.path.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db"))
         return kept
 
+    def version(self) -> int:
+        """A number that stays while nobody, in any process, commits anything. Ref: SQLite, PRAGMA data_version."""
+        try:
+            return int(self.watcher.execute("PRAGMA data_version").fetchone()[0])
+        except sqlite3.Error:
+            return -time.monotonic_ns()  # Never the same: whoever asks, asks the database itself.
+
     def close(self) -> None:
         """Close every connection."""
+        self.watcher.close()
         self.reader.dispose()
         self.writer.dispose()
 
@@ -940,15 +950,15 @@ def encode_access_token(user_id: int, session_id: int) -> str:
     return jwt.encode(claims, settings.secret_key.get_secret_value(), "HS256")
 
 
-def decode_access_token(token: str) -> tuple[int, int] | None:
-    """(user id, session id), or None for anything that is not a live access token of ours."""
+def decode_access_token(token: str) -> tuple[int, int, datetime] | None:
+    """(user id, session id, end), or None for anything that is not a live access token of ours."""
     # Expiry is compared with now(), not by PyJWT, so that one clock rules and a test can set it.
     options: Any = {"require": ["sub", "sid", "typ", "iat", "exp", "jti"], "verify_exp": False, "verify_iat": False}
     try:
         claims = jwt.decode(token, settings.secret_key.get_secret_value(), ["HS256"], options, issuer=ISSUER)
-        live = now().timestamp() < int(claims["exp"]) + CLOCK_LEEWAY_SECONDS and claims["typ"] == "access"
-        return (int(claims["sub"]), int(claims["sid"])) if live else None
-    except (jwt.PyJWTError, ValueError):
+        end = datetime.fromtimestamp(int(claims["exp"]) + CLOCK_LEEWAY_SECONDS, UTC)
+        return (int(claims["sub"]), int(claims["sid"]), end) if now() < end and claims["typ"] == "access" else None
+    except (jwt.PyJWTError, ValueError, OverflowError):
         return None
 
 
@@ -957,11 +967,15 @@ def decode_access_token(token: str) -> tuple[int, int] | None:
 # Who asks is found out once, before the body is read (section 8); these only insist on it.
 
 Row = sa.Row[Any]
-session_columns = sessions.c.id.label("session_id"), sessions.c.created_at.label("session_created_at")
-principals = sa.select(users, *session_columns, sessions.c.scope).join_from(sessions, users)
+labels = {"id": "session_id", "created_at": "session_created_at", "expires_at": "session_expires_at", "scope": "scope"}
+session_columns = [sessions.c[name].label(label) for name, label in labels.items()]
+principals = sa.select(users, *session_columns).join_from(sessions, users)
 """Users joined with their sessions: the one query that says who somebody is."""
 logins = sessions.c.token_hash.is_(None)
 """The sessions that are no API tokens."""
+MEMORY_ENTRIES, MEMORY_BYTES = 1000, 32 * 1024
+authenticated: dict[str, tuple[int, Row | None, datetime]] = {}
+"""Authorization header: the database's version, whom it names, until when. Exact until anything is committed."""
 last_used: dict[int, datetime] = {}
 """Uses of sessions that note_uses has not written down yet."""
 
@@ -976,21 +990,39 @@ def still(user: Row) -> sa.ColumnElement[bool]:
     return sa.and_(users.c.id == user.id, sa.exists().where(sessions.c.id == user.session_id, alive()))
 
 
-async def authenticate(authorization: str | None) -> Row | None:
-    """The user behind an Authorization header, joined with their session, or None."""
-    scheme, _, token = (authorization or "").partition(" ")
-    if scheme.lower() != "bearer":
-        return None
-    if token.strip().startswith(API_TOKEN_PREFIX):
-        this = sessions.c.token_hash == token_hash(token.strip())
-    elif ids := decode_access_token(token.strip()):
-        this = (users.c.id == ids[0]) & (sessions.c.id == ids[1])
+async def look_up(authorization: str) -> tuple[Row | None, datetime]:
+    """Whom an Authorization header names, joined with their session, and until when."""
+    scheme, _, token = authorization.partition(" ")
+    token, end = token.strip(), NEVER
+    if token.startswith(API_TOKEN_PREFIX):
+        this = sessions.c.token_hash == token_hash(token)
+    elif claims := decode_access_token(token):
+        user_id, session_id, end = claims
+        this = (users.c.id == user_id) & (sessions.c.id == session_id)
     else:
-        return None
-    for user in await fetch(principals.where(this, alive())):
-        last_used[user.session_id] = now()
-        return user
-    return None
+        return None, end
+    for user in await fetch(principals.where(this, alive())) if scheme.lower() == "bearer" else ():
+        return user, min(end, user.session_expires_at)
+    return None, end
+
+
+def remember(memory: dict[Any, Any], key: object, value: object) -> None:
+    """Keep a result; a memory that is full starts anew."""
+    if len(memory) >= MEMORY_ENTRIES:
+        memory.clear()
+    memory[key] = value
+
+
+async def authenticate(authorization: str | None) -> Row | None:
+    """The caller, or None. What was found is right as long as nothing was committed since."""
+    version, moment = database.version(), now()
+    seen, user, until = authenticated.get(authorization or "", (-1, None, moment))
+    if seen != version or moment >= until:
+        user, until = await look_up(authorization or "")
+    if user is not None:
+        remember(authenticated, authorization, (version, user, until))
+        last_used[user.session_id] = moment
+    return user
 
 
 async def note_uses() -> None:
@@ -1143,6 +1175,10 @@ def enforce(scope: Scope, buckets: dict[str, str]) -> None:
     scope["state"]["headers"] = tightest[2]
 
 
+answers: dict[Any, tuple[int, bytes, dict[str, str]]] = {}
+"""(user id, path, query) of what carries an ETag: its seq, body, headers. Exact as long as its user's seq stays."""
+
+
 class Route(APIRoute):
     """Every route of the API: who asks, the count, the query's names and the media type come before the body."""
 
@@ -1172,11 +1208,21 @@ class Route(APIRoute):
                 raise ApiError(403, "insufficient_scope", "This API token may not do that.", header)
             if not request.query_params.keys() <= known:
                 raise invalid(("query", f"has an unknown parameter; known are: {', '.join(sorted(known)) or 'none'}"))
+            url = (user.id, request.scope["path"], request.scope["query_string"]) if user and bucket == "read" else None
+            seq, body, headers = answers.get(url, (-1, b"", {}))
+            if user and seq == user.seq:
+                reply = Reply(request, Response(body, headers=headers))
+                reply.tag(reply.headers["ETag"])
+                return reply.response
             media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
             if (upload or (self.body_field and has_body)) and not re.fullmatch(types, media_type):
                 raise ApiError(415, "unsupported_media_type", f"Send {hint}.")
-            return await handle(request)
+            response = await handle(request)
+            body = getattr(response, "body", b"")
+            if user and url and "etag" in response.headers and len(body) <= MEMORY_BYTES:
+                remember(answers, url, (user.seq, body, dict(response.headers)))
+            return response
 
         return _guarded
 
@@ -1191,7 +1237,7 @@ router = functools.partial(APIRouter, route_class=Route)
 WEBHOOK_TRIES, WEBHOOK_WORKERS, WEBHOOK_QUEUE = 5, 4, 2000
 WEBHOOK_SECONDS, WEBHOOK_BACKOFF_SECONDS = 10.0, 1.0
 RING_SIZE = 256
-BATCH = 500
+BATCH, BATCH_CHARACTERS = 500, 2**18  # What waits in memory for a peer that reads slowly.
 IDLE_SECONDS = 15.0
 POLL_SECONDS = 2.0  # How late a stream notices another process's changes, a logout or a disabled account.
 
@@ -1216,21 +1262,33 @@ class Marks(NamedTuple):
     seq: int
     purged_seq: int
     tasks: list[TaskPublic]
+    has_more: bool
 
     def stale(self, since: int, known_purge: int = 0) -> bool:
         """Whether who has seen `since`, and knows of purges up to `known_purge`, has missed a deletion for ever."""
         return since > self.seq or (0 < since < self.purged_seq and self.purged_seq != known_purge)
 
 
+def some(db: sa.Connection, statement: sa.Select[Any], limit: int = BATCH) -> tuple[list[TaskPublic], bool]:
+    """The first tasks of a query, by number and by length of their texts, and whether there are more."""
+    found, characters = list[TaskPublic](), 0
+    for row in db.execute(statement.limit(limit + 1)):
+        if len(found) == limit or characters > BATCH_CHARACTERS:
+            return found, True
+        found.append(TaskPublic(**row._mapping))
+        characters += len(row.description or "")
+    return found, False
+
+
 async def changes_after(user_id: int, since: int, limit: int = BATCH) -> Marks:
     """`version > since ORDER BY version`, deletions included, in one snapshot. Errors: 401 if the user is gone."""
     this = sa.select(users.c.seq, users.c.purged_seq).where(users.c.id == user_id)
     changed = sa.select(*public_task).where(tasks.c.owner_id == user_id, tasks.c.version > since)
-    ordered = changed.order_by(tasks.c.version).limit(limit)
-    user, rows = await database.read(lambda db: (db.execute(this).one_or_none(), db.execute(ordered).all()))
+    ordered = changed.order_by(tasks.c.version)
+    user, found = await database.read(lambda db: (db.execute(this).one_or_none(), some(db, ordered, limit)))
     if user is None:
         raise unauthorized()
-    return Marks(user.seq, user.purged_seq, [TaskPublic(**row._mapping) for row in rows])
+    return Marks(*user, *found)
 
 
 class Feed:
@@ -1423,12 +1481,14 @@ class Outbox:
             WEBHOOKS_GIVEN_UP.inc()
 
     async def post(self, text: str, message_id: str) -> int:
-        """One signed call. Returns its status. Errors: httpx.HTTPError. Ref: Standard Webhooks."""
+        """One signed call. Returns its status. Errors: httpx.HTTPError, TimeoutError. Ref: Standard Webhooks."""
         moment = datetime.now(UTC)  # Not now(): the receiver compares it with a clock of its own.
         signature = Webhook(settings.webhook_secret.get_secret_value()).sign(message_id, moment, text)
         headers = {"webhook-id": message_id, "webhook-timestamp": str(int(moment.timestamp()))}
         headers |= {"webhook-signature": signature, "content-type": "application/json"}
-        return (await self.client.post(settings.webhook_url, content=text, headers=headers)).status_code
+        call = self.client.stream("POST", settings.webhook_url, content=text, headers=headers)
+        async with asyncio.timeout(WEBHOOK_SECONDS), call as answer:  # The body may never end; the status is enough.
+            return answer.status_code
 
     async def deliver(self) -> None:
         """Post what waits, one after the other; a message keeps its id, so that a receiver can drop a repeat."""
@@ -1437,7 +1497,7 @@ class Outbox:
             for attempt in range(WEBHOOK_TRIES):
                 jitter = 0.5 + secrets.randbelow(1000) / 1000
                 await asyncio.sleep(attempt and WEBHOOK_BACKOFF_SECONDS * 2**attempt * jitter)
-                with contextlib.suppress(httpx.HTTPError):
+                with contextlib.suppress(httpx.HTTPError, TimeoutError):
                     if await self.post(text, message_id) < 300:
                         break
             else:
@@ -1458,7 +1518,7 @@ outbox = Outbox()
 # everything lies one ASGI layer of ours: FastAPI's handlers run inside its middleware and never see each
 # other's failures, and only the outermost layer can put an id and the limits on every answer.
 
-SEND_SECONDS = 20.0
+SEND_SECONDS, PIECE_BYTES = 20.0, 64 * 1024
 CLEANUP_SECONDS = 3600.0
 USES_SECONDS = 60.0
 CONTENT_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -1568,6 +1628,8 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     log.setLevel(settings.log_level.upper())
     logging.getLogger("uvicorn.access").disabled = True  # It prints query strings, and so does uvicorn.error.
     logging.getLogger("uvicorn.error").addFilter(lambda entry: not re.search('UTF-8|"WebSocket', entry.getMessage()))
+    for memory in (authenticated, answers):  # Of another database, if this process had one before.
+        memory.clear()
     open_database()
     print(f"  Data       {settings.data_dir.resolve() / 'tasks.db'}", flush=True)  # noqa: T201
     for number in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ():
@@ -1636,7 +1698,8 @@ class Exchange:
         self.state = {**scope.get("state", {}), "request_id": self.request_id, "user": None, "headers": {}}
         self.state |= {"route": "none", "max_body_bytes": settings.max_body_kib * 1024}
         root = settings.root_path or scope.get("root_path", "")
-        path = self.path.removesuffix("/") or "/"  # A proxy may have stripped ROOT_PATH or kept it.
+        # No route has a control character, and "$" would overlook the last one. A proxy may keep ROOT_PATH or not.
+        path = re.sub(r"[\x00-\x1f]", "\ufffd", self.path).removesuffix("/") or "/"
         path = path if path.startswith(f"{API}/") else path.removeprefix(root)
         self.scope = {**scope, "state": self.state, "root_path": root, "path": root + path}
         self.scope |= {"method": "GET"} if self.method == "HEAD" else {}
@@ -1667,15 +1730,20 @@ class Exchange:
             if self.page:  # The head of a page waits for the body, which decides about the policy.
                 MutableHeaders(scope=self.page)["Content-Security-Policy"] = page_policy(message["body"])
                 await self.raw_send(self.page)
+                self.page = {}
             message = {"type": message["type"]} if self.method == "HEAD" else message
             self.complete = not message.get("more_body")
         await self.push(message)
 
     async def push(self, message: Message) -> None:
-        """Hand it to the server, and give up on a peer that does not read. Errors: SlowClient, for a socket."""
+        """Hand it to the server by pieces, and give up on a peer that takes none. Errors: SlowClient, for a socket."""
+        body, more = message.get("body", b""), message.get("more_body", False)
         try:
-            async with asyncio.timeout(SEND_SECONDS + len(message.get("body", b"")) / 2**20):
-                await self.raw_send(message)
+            for end in range(PIECE_BYTES, max(len(body), 1) + PIECE_BYTES, PIECE_BYTES):
+                piece = {"body": body[end - PIECE_BYTES : end], "more_body": more or end < len(body)} if body else {}
+                async with asyncio.timeout(SEND_SECONDS):
+                    await self.raw_send({**message, **piece})
+            async with asyncio.timeout(SEND_SECONDS):
                 while self.complete and self.transport and self.transport.get_write_buffer_size():  # noqa: ASYNC110
                     await asyncio.sleep(0.1)
         except TimeoutError:
@@ -1934,7 +2002,6 @@ async def end_session(session_id: Id, user: CurrentUser) -> None:
         raise not_found("session", session_id)
 
 
-NEVER = datetime(9999, 12, 31, tzinfo=UTC)
 nullif = functools.partial(sa.func.nullif, type_=sessions.c.created_at.type)
 public_api_token = [
     *(sessions.c[name] for name in ("id", "name", "scope", "created_at")),
@@ -2056,7 +2123,7 @@ def filtered(query: TaskQuery) -> sa.Select[Any]:
         "status": column.status.in_,
         "priority": column.priority.in_,
         "completed": lambda completed: column.completed == completed,
-        "search": lambda search: column.search_text.contains(folded(search), autoescape=True),
+        "search": lambda search: sa.func.instr(column.search_text, folded(search)) > 0,
         "due_before": lambda moment: column.due_date <= moment,
         "due_after": lambda moment: column.due_date >= moment,
         "overdue": lambda overdue: sa.func.coalesce(late, sa.false()) == overdue,
@@ -2085,6 +2152,10 @@ async def list_tasks(user: CurrentUser, query: Annotated[TaskQuery, Query()], re
     return await reply.page(query, TaskPublic, filtered(query).where(tasks.c.owner_id == user.id))
 
 
+class Replayed(Exception):
+    """A task that its key has created already: take no seq, write nothing."""
+
+
 IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", pattern=r"^[\x21-\x7e]{1,255}$")]
 
 
@@ -2098,11 +2169,14 @@ async def create_task(user: CurrentUser, body: TaskCreate, reply: Answering, key
 
     def create(transaction: Transaction) -> TaskPublic:
         for row in transaction.db.execute(known) if key else ():
-            reply.response.status_code, reply.headers["Idempotency-Replayed"] = 200, "true"
-            return TaskPublic(**row._mapping)
+            raise Replayed(TaskPublic(**row._mapping))
         return transaction.create(body.values() | {"idempotency_key": key})[0]
 
-    task = await changing(user.id, create, still(user))
+    try:
+        task = await changing(user.id, create, still(user))
+    except Replayed as replayed:
+        (task,) = replayed.args
+        reply.response.status_code, reply.headers["Idempotency-Replayed"] = 200, "true"
     reply.headers.update({"Location": f"{reply.path}/{task.id}", "ETag": f'"{task.version}"'})
     return task
 
@@ -2112,8 +2186,9 @@ FORMULA = re.compile(r"\s*[=+\-@|%\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 
 def csv_line(task: TaskPublic) -> str:
     """One CSV row; before what a spreadsheet would execute stands an apostrophe. Ref: RFC 4180; OWASP CSV Injection."""
-    values, line = task.model_dump(mode="json").values(), io.StringIO()
-    csv.writer(line).writerow(f"'{each}" if isinstance(each, str) and FORMULA.match(each) else each for each in values)
+    row, line = task.model_dump(mode="json") | {"completed": str(task.completed).lower()}, io.StringIO()
+    cells = (f"'{each}" if isinstance(each, str) and FORMULA.match(each) else each for each in row.values())
+    csv.writer(line).writerow(cells)
     return line.getvalue()
 
 
@@ -2127,11 +2202,12 @@ EXPORTS: dict[str, tuple[str, str, Callable[[TaskPublic], str]]] = {
 async def export_lines(owner_id: int, head: str, line: Callable[[TaskPublic], str]) -> AsyncIterator[str]:
     """Every task outside the trash, by id; one batch in memory at a time."""
     yield head
-    last, mine = 0, (tasks.c.owner_id == owner_id) & tasks.c.deleted_at.is_(None)
-    batch = sa.select(*public_task).where(mine).order_by(tasks.c.id).limit(BATCH)
-    while rows := await fetch(batch.where(tasks.c.id > last)):
-        yield "".join(line(TaskPublic(**row._mapping)) for row in rows)
-        last = rows[-1].id
+    last, more, mine = 0, True, (tasks.c.owner_id == owner_id) & tasks.c.deleted_at.is_(None)
+    while more:
+        rest = sa.select(*public_task).where(mine, tasks.c.id > last).order_by(tasks.c.id)
+        batch, more = await database.read(functools.partial(some, statement=rest))
+        yield "".join(map(line, batch))
+        last = batch[-1].id if batch else last
 
 
 @todo.get("/export", response_class=StreamingResponse)
@@ -2153,7 +2229,7 @@ def raw_body(hint: str, schema: dict[str, Any], *media_types: str) -> dict[str, 
 
 def imported_rows(body: bytes) -> list[dict[str, Any]]:
     """The columns of each line. Errors: 422 with every refused line by its number; 413 too many."""
-    lines, rows, refused = body.split(b"\n"), [], []
+    lines, rows, refused = body.splitlines(), [], []
     if len(lines) > MAX_IMPORT_LINES:
         raise ApiError(413, "too_many_lines", f"An import has at most {MAX_IMPORT_LINES} lines; send several.")
     for number, line in enumerate(lines, 1):
@@ -2197,13 +2273,12 @@ async def list_changes(user: CurrentUser, since: Since = "0", limit: Limit = BAT
     # A snapshot of several pages passes seqs below purged_seq on its way up, and is not stale: its
     # cursors name the purge that it began after ("500~800"), and are good until the next one.
     position, _, known_purge = since.partition("~")
-    marks = await changes_after(user.id, int(position), limit + 1)
+    marks = await changes_after(user.id, int(position), limit)
     if marks.stale(int(position), int(known_purge or 0)):
         raise resync_required()
-    data, has_more = marks.tasks[:limit], len(marks.tasks) > limit
-    last = data[-1].version if has_more else marks.seq
+    last = marks.tasks[-1].version if marks.has_more else marks.seq
     next_since = f"{last}~{marks.purged_seq}" if last < marks.purged_seq else last
-    return Changes(data=data, next_since=next_since, has_more=has_more)
+    return Changes(data=marks.tasks, next_since=next_since, has_more=marks.has_more)
 
 
 Cursor = Annotated[Seq | None, Query()]
@@ -2561,6 +2636,7 @@ async def talk(socket: WebSocket, client_id: str, since: int | None) -> tuple[in
 @live.websocket("/ws/tasks/{client_id}")
 async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = None) -> None:
     """Live updates over a WebSocket; the README has the protocol. Ref: RFC 6455."""
+    socket.state.route = "/ws/tasks/{client_id}"
     await socket.accept()
     try:
         end = await talk(socket, client_id, since)
@@ -2627,7 +2703,7 @@ async def call_webhook(_admin: AdminUser) -> WebhookTest:
     began, result = time.perf_counter(), dict[str, Any]()
     try:
         result["status"] = await outbox.post('{"type":"test"}', f"msg_{secrets.token_hex(12)}")
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, TimeoutError) as error:
         result["error"] = f"{type(error).__name__}: {error}"
     return WebhookTest(milliseconds=round((time.perf_counter() - began) * 1000, 1), **result)
 
@@ -2746,7 +2822,6 @@ def account_command(command: str, name: str, option: str) -> str:
         shown = "" if typed else new_token()
         valid_or_exit(lambda: a_password.validate_python(typed or shown), "password")
     columns = new_user(valid_or_exit(lambda: a_username.validate_python(name), "name"), typed or shown, option)
-    open_database()
     with database.writer.begin() as db:
         known = db.scalar(sa.select(users.c.id).where(users.c.username_key == columns["username_key"]))
         if bool(known) == (command == "create-user"):  # A new account needs a free name, the rest a known one.
@@ -2778,11 +2853,12 @@ def run(arguments: argparse.Namespace) -> str:
     if arguments.command == "backup":
         copy_database(database.path, arguments.what)
         return "Done."
-    if arguments.command == "cleanup":
-        open_database()
+    open_database()
+    with contextlib.closing(database):
+        if arguments.command != "cleanup":
+            return account_command(arguments.command, arguments.what, arguments.option)
         asyncio.run(clean_up())
         return json.dumps(last_cleanup, default=str)
-    return account_command(arguments.command, arguments.what, arguments.option)
 
 
 def main() -> None:
