@@ -68,6 +68,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import signal
 import sqlite3
 import sys
@@ -109,7 +110,7 @@ from slowapi import Limiter
 from sqlmodel import Field, SQLModel
 from standardwebhooks import Webhook
 from starlette.background import BackgroundTask
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -528,7 +529,7 @@ def upgrade(db: sa.Connection, keep_copy: Callable[[], Path]) -> None:
     for kind, *what in changes:
         optional = kind == "add_column" and (what[-1].nullable or what[-1].server_default is not None)
         if kind not in ("add_table", "add_index") and not optional:
-            names = " ".join(str(each) for each in what[:3] if each)
+            names = " ".join(str(each) for each in what[:3] if each is not None)
             raise SystemExit(f"DATA_DIR: no upgrade in place makes this database the program's: {kind} {names}")
     if changes:
         print(f"  Upgrade    the database as it was is kept in {keep_copy()}", flush=True)  # noqa: T201
@@ -990,6 +991,12 @@ def still(user: Row) -> sa.ColumnElement[bool]:
     return sa.and_(users.c.id == user.id, sa.exists().where(sessions.c.id == user.session_id, alive()))
 
 
+def insist(db: sa.Connection, user: Row) -> None:
+    """In a write: who asked is logged in still, and with the same role. Errors: 401."""
+    if db.scalar(sa.select(users.c.id).where(still(user), users.c.role == user.role)) is None:
+        raise unauthorized()
+
+
 async def look_up(authorization: str) -> tuple[Row | None, datetime]:
     """Whom an Authorization header names, joined with their session, and until when."""
     scheme, _, token = authorization.partition(" ")
@@ -1199,7 +1206,9 @@ class Route(APIRoute):
 
         async def _guarded(request: Request) -> Response:
             request.state.route = self.path
-            request.state.max_body_bytes += settings.max_upload_mib * 2**20 if upload else 0
+            if upload:  # A form has an envelope around its file.
+                envelope = request.state.max_body_bytes if "multipart/form-data" in upload["content"] else 0
+                request.state.max_body_bytes = settings.max_upload_mib * 2**20 + envelope
             user = request.state.user = await authenticate(request.headers.get("authorization"))
             counts = {extra: bucket_key(request.scope, None)} if extra else {}
             enforce(request.scope, counts | {bucket: bucket_key(request.scope, user)})
@@ -1297,6 +1306,7 @@ class Feed:
     def __init__(self) -> None:
         self.streams: set[Stream] = set()
         self.ring: deque[Change] = deque(maxlen=RING_SIZE)
+        self.reads: dict[int, asyncio.Task[tuple[Marks, list[Change]]]] = {}
         self.last = 0
 
     def publish(self, change: Change) -> None:
@@ -1313,6 +1323,18 @@ class Feed:
             self.last = seq
         for stream in self.streams:
             stream.wake.set()
+
+    async def read(self, user_id: int, cursor: int) -> tuple[Marks, list[Change]]:
+        """What followed a cursor, encoded beside the event loop."""
+        marks = await changes_after(user_id, cursor)
+        return marks, await in_thread(database.readers, lambda: [change_of(task, "updated") for task in marks.tasks])
+
+    async def after(self, user_id: int, cursor: int) -> tuple[Marks, list[Change]]:
+        """The same, once for all streams that ask for it while it is read."""
+        if cursor not in self.reads:
+            self.reads[cursor] = asyncio.create_task(self.read(user_id, cursor))
+            self.reads[cursor].add_done_callback(lambda _: self.reads.pop(cursor))
+        return await asyncio.shield(self.reads[cursor])
 
 
 feeds: dict[int, Feed] = {}
@@ -1345,12 +1367,12 @@ class Stream:
         ring_reaches_back_to = feed.ring[0].seq - 1 if feed.ring else feed.last
         if self.cursor >= max(self.replay_until, ring_reaches_back_to) and not self.stale:
             return [change for change in feed.ring if change.seq > self.cursor]
-        marks = await changes_after(self.user_id, self.cursor)
+        marks, changes = await feed.after(self.user_id, self.cursor)
         feed.observe(marks.seq)
         if self.stale or marks.stale(self.cursor, self.known_purge):
             self.stale, self.known_purge = False, marks.purged_seq
             return [Change(marks.seq, "resync_required", '{"type":"resync_required"}')]
-        return [change_of(task, "updated") for task in marks.tasks] or [Change(marks.seq, "purged", "")]
+        return changes or [Change(marks.seq, "purged", "")]
 
     async def changes(self) -> AsyncIterator[Change]:
         """Everything after the cursor, in seq order, none twice, until closed; without a text when nothing happens."""
@@ -1361,6 +1383,7 @@ class Stream:
                     return
                 self.cursor = change.seq
                 yield change
+                await asyncio.sleep(0)  # A peer that takes all at once leaves the others their turn.
             if self.cursor >= feeds[self.user_id].last:
                 try:
                     await asyncio.wait_for(self.wake.wait(), IDLE_SECONDS)
@@ -1677,10 +1700,21 @@ def page_policy(html: bytes) -> str:
     return f"{CONTENT_POLICY}; {scripts}; {rest}"
 
 
+class CrossOrigin(CORSMiddleware):
+    """Lets the pages of CORS_ORIGINS read what this answers. No credentials: a token is no cookie. Ref: Fetch §3.3."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """What a browser asks before it asks. Errors: 400, for a page of another origin."""
+        answer = super().preflight_response(request_headers)
+        if answer.status_code == 400:
+            raise ApiError(400, "origin_not_allowed", "CORS_ORIGINS does not name the origin of this page.")
+        return answer
+
+
 def cross_origin(app: ASGIApp) -> ASGIApp:
-    """Let the pages of CORS_ORIGINS read what this answers. No credentials: a token is no cookie. Ref: Fetch §3.3."""
+    """The same app, open to the pages of CORS_ORIGINS."""
     origins, every = settings.cors_origins.replace(" ", "").split(","), ["*"]
-    return CORSMiddleware(app, origins, every, every, expose_headers=EXPOSED) if settings.cors_origins else app
+    return CrossOrigin(app, origins, every, every, expose_headers=EXPOSED) if settings.cors_origins else app
 
 
 class SlowClient(Exception):
@@ -1759,7 +1793,9 @@ class Exchange:
             if self.method == "WEBSOCKET" and self.status == 101:
                 await self.send({"type": "websocket.close", "code": 1011})
             elif self.method != "WEBSOCKET" and self.status == 0:
-                await cross_origin(error.response(self.request_id))(self.scope, self.receive, self.send)
+                answer: ASGIApp = error.response(self.request_id)
+                answer = answer if self.method == "OPTIONS" else cross_origin(answer)
+                await answer(self.scope, self.receive, self.send)
 
     def log(self) -> None:
         """Count, and one line. The path is percent-encoded, so that it cannot forge another, and has no query."""
@@ -1788,6 +1824,8 @@ class Gateway:
             log.debug("%s the client is gone", exchange.request_id)
         except asyncio.CancelledError:
             await exchange.fail(ApiError(503, "server_stopping", "The server is stopping.", {"Retry-After": "5"}))
+        except ApiError as error:
+            await exchange.fail(error)
         except Exception as error:
             log.exception("%s failed", exchange.request_id)
             await exchange.fail(explain(error))
@@ -1867,11 +1905,12 @@ class TokenIssuer:
             raise unauthorized("invalid_credentials", "Wrong username or password.")
         if not user.is_active:
             raise ApiError(403, "account_disabled", "This account is disabled.")
-        unchanged = sa.select(users.c.id).where(users.c.id == user.id, users.c.password_hash == user.password_hash)
+        same = (users.c.password_hash == user.password_hash) & users.c.is_active
+        unchanged = sa.select(users.c.id).where(users.c.id == user.id, same)
 
         def start(db: sa.Connection) -> TokenPair:
             if db.scalar(unchanged) is None:
-                raise unauthorized("invalid_credentials", "The password has just changed.")
+                raise unauthorized("invalid_credentials", "The account has just changed.")
             return self.issue(db, user.id)
 
         return await database.write(start)
@@ -2036,8 +2075,7 @@ async def create_api_token(body: ApiTokenCreate, user: CurrentUser, _issuer: Iss
         raise invalid(("expires_at", "must lie in the future"))
 
     def create(db: sa.Connection) -> ApiTokenCreated:
-        if db.scalar(sa.select(users.c.id).where(still(user))) is None:
-            raise unauthorized()
+        insist(db, user)
         return new_api_token(db, user.id, body)
 
     return await database.write(create)
@@ -2229,7 +2267,7 @@ def raw_body(hint: str, schema: dict[str, Any], *media_types: str) -> dict[str, 
 
 def imported_rows(body: bytes) -> list[dict[str, Any]]:
     """The columns of each line. Errors: 422 with every refused line by its number; 413 too many."""
-    lines, rows, refused = body.splitlines(), [], []
+    lines, rows, refused = body.removeprefix(codecs.BOM_UTF8).splitlines(), [], []
     if len(lines) > MAX_IMPORT_LINES:
         raise ApiError(413, "too_many_lines", f"An import has at most {MAX_IMPORT_LINES} lines; send several.")
     for number, line in enumerate(lines, 1):
@@ -2238,7 +2276,7 @@ def imported_rows(body: bytes) -> list[dict[str, Any]]:
         except ValidationError as error:
             refused += [(f"line {number}: {name}".removesuffix(": "), message) for name, message in complaints(error)]
     if refused:
-        raise invalid(*refused)
+        raise invalid(*refused[:MAX_IMPORT_LINES])
     return rows
 
 
@@ -2656,9 +2694,14 @@ async def list_users(_admin: AdminUser, query: Annotated[PageQuery, Query()], re
 
 
 @admin.post("/users", status_code=201)
-async def create_user(_admin: AdminUser, body: AdminUserCreate, reply: Answering) -> UserPublic:
+async def create_user(admin: AdminUser, body: AdminUserCreate, reply: Answering) -> UserPublic:
     """Create an account. Errors: 403 admin_required; 409 username_taken."""
-    user = await add_user(lambda _db, user: user, body.username, body.password, body.role, body.email)
+
+    def by_admin(db: sa.Connection, user: UserPublic) -> UserPublic:
+        insist(db, admin)
+        return user
+
+    user = await add_user(by_admin, body.username, body.password, body.role, body.email)
     reply.headers["Location"] = f"{reply.path}/{user.id}"
     return user
 
@@ -2670,8 +2713,18 @@ async def read_user(user_id: Id, _admin: AdminUser) -> UserPublic:
     return await database.read(lambda db: find(db, UserPublic, this, "user", user_id))
 
 
+async def change_by_admin(admin: Row, user_id: int, values: dict[str, Any] | None) -> UserPublic:
+    """Change or delete an account, if the admin still is one. Errors: 401; 404; 409 last_admin."""
+
+    def change(db: sa.Connection) -> UserPublic:
+        insist(db, admin)
+        return change_user(db, user_id, values)
+
+    return await database.write(change)
+
+
 @admin.patch("/users/{user_id}")
-async def update_user(user_id: Id, _admin: AdminUser, body: AdminUserUpdate) -> UserPublic:
+async def update_user(user_id: Id, admin: AdminUser, body: AdminUserUpdate) -> UserPublic:
     """Change role, `is_active` or password; disabling and a new password end the account's sessions and API tokens.
 
     Errors: 403 admin_required; 404 absent; 409 last_admin
@@ -2679,13 +2732,13 @@ async def update_user(user_id: Id, _admin: AdminUser, body: AdminUserUpdate) -> 
     values = body.model_dump()
     if password := values.pop("password", None):
         values["password_hash"] = await in_thread(password_workers, hash_password, password)
-    return await database.write(lambda db: change_user(db, user_id, values))
+    return await change_by_admin(admin, user_id, values)
 
 
 @admin.delete("/users/{user_id}", status_code=204)
-async def delete_user(user_id: Id, _admin: AdminUser) -> None:
+async def delete_user(user_id: Id, admin: AdminUser) -> None:
     """Delete an account with everything in it. Errors: 403 admin_required; 404 absent; 409 last_admin."""
-    await database.write(lambda db: change_user(db, user_id, None))
+    await change_by_admin(admin, user_id, None)
 
 
 @admin.post("/cleanup", status_code=202, response_class=Response)
@@ -2803,14 +2856,19 @@ def restore(backup: Path) -> str:
             db.execute(sa.update(users).values(seq=ahead, purged_seq=ahead))
             upgrade(db, lambda: backup)
         engine.dispose()
-        there = database.path.exists()
-        database.path.touch(0o600)
-        with contextlib.closing(sqlite3.connect(database.path, timeout=0)) as target:
-            target.execute("PRAGMA journal_mode=DELETE")  # "database is locked" while a server has it open.
-            done = f"Done. The database before is kept in {database.keep_copy()}" if there else "Done."
-            with contextlib.closing(sqlite3.connect(copy)) as source:
-                source.backup(target)
-    return done
+        kept = database.path.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db")
+        if database.path.exists():
+            try:
+                with contextlib.closing(sqlite3.connect(database.path, timeout=0)) as there:
+                    there.execute("PRAGMA journal_mode=DELETE")  # Busy while a server has it open; takes the WAL in.
+            except sqlite3.DatabaseError as error:  # Anything else is damage, and what a backup is for.
+                if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+                    raise SystemExit("restore: a server has the database open; stop it first") from None
+            shutil.copy(database.path, kept)
+            for log_file in (database.path.with_name(f"tasks.db-{kind}") for kind in ("wal", "shm")):
+                log_file.unlink(missing_ok=True)
+        copy.replace(database.path)
+    return f"Done. The database before is kept in {kept}" if kept.exists() else "Done."
 
 
 def account_command(command: str, name: str, option: str) -> str:
