@@ -36,6 +36,7 @@ Notation
 #   "httptools==0.9.0",
 #   "httpx==0.28.1",
 #   "limits==5.8.0",
+#   "opentelemetry-api==1.45.1",
 #   "prometheus-client==0.26.0",
 #   "pydantic==2.14.3",
 #   "pydantic-settings==2.16.3",
@@ -104,6 +105,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
 from fastapi_offline import FastAPIOffline
+from opentelemetry import trace
 from pydantic import MISSING, AfterValidator, BeforeValidator, SecretStr, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from slowapi import Limiter
@@ -1818,6 +1820,8 @@ class Gateway:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         exchange = Exchange(scope, receive, send)
+        if scope["query_string"]:  # FastAPI puts it into its span, if telemetry is on; searches are private.
+            trace.get_current_span().set_attribute("url.query", "REDACTED")
         try:
             await self.app(exchange.scope, exchange.receive, exchange.send)
         except (ClientDisconnect, WebSocketDisconnect):
