@@ -21,6 +21,7 @@ import asyncio
 import base64
 import contextlib
 import gc
+import hashlib
 import io
 import itertools
 import json
@@ -29,6 +30,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import statistics
 import subprocess
@@ -53,6 +55,7 @@ import sqlalchemy as sa
 import uvicorn
 import websockets.exceptions
 import websockets.sync.client
+from prometheus_client.parser import text_string_to_metric_families
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 import app
@@ -125,6 +128,14 @@ class Person(httpx.Client):
     def again(self) -> "Person":
         """The same person with a second session, in another browser."""
         return self.server.person(self.name, self.password).log_in()
+
+    def script(self, scope: str = "write", **fields: Any) -> "Person":
+        """A script of this person's, with a new API token."""
+        answer = good(self.post("/auth/api_tokens", json={"name": "script", "scope": scope} | fields), 201)
+        script = self.server.person(self.name)
+        script.tokens, script.user = answer.json(), self.user
+        script.headers["Authorization"] = f"Bearer {script.tokens['token']}"
+        return script
 
     def refresh(self, token: str | None = None) -> httpx.Response:
         return self.post("/auth/refresh", json={"refresh_token": token or self.tokens["refresh_token"]})
@@ -450,6 +461,7 @@ def configure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
     for name in app.Settings.model_fields:
         monkeypatch.setattr(app.settings, name, getattr(defaults, name))
     change(data_dir=tmp_path / "data", admin_password=ADMIN_PASSWORD, rate_limits="off")
+    monkeypatch.setattr(app, "last_cleanup", None)
     monkeypatch.setattr(app, "BCRYPT_COST", 4)
     monkeypatch.setattr(app, "POLL_SECONDS", 0.05)
     return change
@@ -523,6 +535,8 @@ def rate_limits(configure: Callable[..., None]) -> Callable[..., None]:
 # ── 1 Settings ──────────────────────────────────────────────────────────────────────────────────
 # A wrong value stops the start and is named; what the documents say about settings is true.
 
+WEBHOOK_SECRET = "whsec_" + base64.b64encode(b"a secret of 32 bytes for a test.").decode()
+
 
 @pytest.mark.parametrize(
     ("name", "value"),
@@ -531,17 +545,49 @@ def rate_limits(configure: Callable[..., None]) -> Callable[..., None]:
         *[("REGISTRATION", "perhaps"), ("ACCESS_TOKEN_MINUTES", "-7"), ("ACCESS_TOKEN_MINUTES", "quarter")],
         *[("REFRESH_TOKEN_DAYS", "181"), ("TRASH_DAYS", "-7"), ("RATE_LIMITS", "maybe"), ("RATE_LIMIT_LOGIN", "often")],
         *[("RATE_LIMIT_READ", "7/fortnight"), ("MAX_BODY_KIB", "-7"), ("DOCS", "sometimes"), ("LOG_FORMAT", "xml")],
-        ("LOG_LEVEL", "chatty"),
+        *[("LOG_LEVEL", "chatty"), ("METRICS", "everybody"), ("MAX_UPLOAD_MIB", "0.7"), ("MAX_UPLOAD_MIB", "-7")],
+        *[("MAX_UPLOAD_MIB", "7777"), ("MAX_STORAGE_MIB", "-7"), ("MAX_STORAGE_MIB", "plenty")],
+        *[("CORS_ORIGINS", it) for it in ("app.example.net", "https://a.example.net/app", "https://", "null")],
+        *[("CORS_ORIGINS", it) for it in ("ftp://a.example.net", "https://*.example.net", "https://a.example.net;")],
+        *[("WEBHOOK_URL", it) for it in ("hooks.example.net/x7", "ftp://hooks.example.net/x7", "http://", "/x7")],
+        *[("WEBHOOK_SECRET", it) for it in ("", "x7" * 20, "whsec_" + "x7" * 11, "whsec_" + "x7" * 48)],
+        *[("WEBHOOK_SECRET", it) for it in ("whsec_" + "x7" * 16 + "x", "whsec_" + "x-" * 16)],
     ],
 )
 def test_a_wrong_value_is_refused_and_not_repeated(monkeypatch, tmp_path, name, value):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WEBHOOK_URL", "https://hooks.example.net/")
+    monkeypatch.setenv("WEBHOOK_SECRET", WEBHOOK_SECRET)
     monkeypatch.setenv(name, value)
     with pytest.raises(pydantic.ValidationError) as refusal:
         app.Settings()
     [error] = refusal.value.errors(include_input=False)
     assert error["loc"] == (name.lower(),)
-    assert value not in error["msg"]
+    assert not value or value not in error["msg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        *[("CORS_ORIGINS", it, it) for it in ("", "*", "https://a.example.org", "http://localhost:3000")],
+        *[("METRICS", it, it) for it in ("admin", "open", "off")],
+        *[("MAX_UPLOAD_MIB", "1", 1), ("MAX_UPLOAD_MIB", "512", 512), ("MAX_STORAGE_MIB", "0", 0)],
+        ("WEBHOOK_URL", "http://localhost:9000/hook?key=1", "http://localhost:9000/hook?key=1"),
+    ],
+)
+def test_what_a_value_may_be(monkeypatch, tmp_path, name, value, read):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WEBHOOK_SECRET", WEBHOOK_SECRET)
+    monkeypatch.setenv(name, value)
+    assert getattr(app.Settings(), name.lower()) == read
+
+
+@pytest.mark.parametrize("size", [24, 25, 26, 32, 64])
+def test_a_webhook_secret_has_24_to_64_bytes(monkeypatch, tmp_path, size):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WEBHOOK_URL", "https://hooks.example.net/")
+    monkeypatch.setenv("WEBHOOK_SECRET", secret := f"whsec_{base64.b64encode(bytes(size)).decode()}")
+    assert app.Settings().webhook_secret.get_secret_value() == secret
 
 
 @pytest.mark.parametrize(
@@ -549,6 +595,7 @@ def test_a_wrong_value_is_refused_and_not_repeated(monkeypatch, tmp_path, name, 
     [
         *[("PORT", "eighty"), ("ADMIN_PASSWORD", "short77"), ("ADMIN_USERNAME", "no name")],
         *[("SECRET_KEY", "tooshort" * 3), ("SECRET_KEY", "your-secret-key-goes-here-0123456789")],
+        *[("CORS_ORIGINS", "app.example.net"), ("WEBHOOK_URL", "ftp://hooks.example.net/x7")],
     ],
 )
 def test_a_wrong_value_stops_the_start_with_one_line_that_names_it(program, name, value):
@@ -556,6 +603,12 @@ def test_a_wrong_value_stops_the_start_with_one_line_that_names_it(program, name
     assert code != 0
     assert [line.partition(":")[0] for line in error.splitlines()] == [name]
     assert value not in error
+
+
+def test_a_webhook_without_a_secret_stops_the_start(program):
+    code, _, error = program(WEBHOOK_URL="https://hooks.example.net/").end()
+    assert code != 0
+    assert [line.partition(":")[0] for line in error.splitlines()] == ["WEBHOOK_SECRET"]
 
 
 def test_a_directory_that_cannot_be_made_stops_the_start(program, tmp_path):
@@ -585,8 +638,10 @@ def test_the_environment_wins_over_the_env_file(monkeypatch, tmp_path):
 
 def test_secrets_do_not_show(configure):
     configure(secret_key="0123456789abcdefghijklmnopqrstuv")
+    configure(webhook_url="https://hooks.example.net/", webhook_secret=WEBHOOK_SECRET)
     assert "0123456789" not in repr(app.settings)
     assert ADMIN_PASSWORD not in repr(app.settings)
+    assert WEBHOOK_SECRET not in repr(app.settings)
 
 
 def defaults() -> list[Any]:
@@ -702,7 +757,7 @@ def test_every_error_code_stands_in_the_readme():
     calls = (node for node in ast.walk(TREE) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
     second = (node.args[1] for node in calls if node.func.id == "ApiError" and len(node.args) > 1)
     codes = {node.value for node in second if isinstance(node, ast.Constant)}
-    codes |= {f"{kind}_not_found" for kind in ("task", "user", "session")}
+    codes |= {f"{kind}_not_found" for kind in ("task", "user", "session", "api_token", "attachment")}
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     assert len(codes) > 15
     assert {code for code in codes - {"not_modified"} if f"`{code}`" not in readme} == set()
@@ -728,12 +783,16 @@ SENT = "canary-7f3a"
         pytest.param("POST", "/tasks", {"json": {"title": ""}}, 422, "validation_failed", id="invalid-field"),
         pytest.param("POST", "/tasks", {"json": []}, 422, "validation_failed", id="not-an-object"),
         pytest.param("POST", "/tasks", {}, 422, "validation_failed", id="no-body"),
+        pytest.param("POST", "/tasks", {"headers": {"Idempotency-Key": ""}}, 422, "validation_failed", id="empty-key"),
         pytest.param("GET", "/tasks?page=0", {}, 422, "validation_failed", id="invalid-query"),
         pytest.param("GET", "/tasks?colour=red", {}, 422, "validation_failed", id="unknown-query"),
         pytest.param("GET", "/tasks/0", {}, 422, "validation_failed", id="id-that-is-no-id"),
         pytest.param("GET", "/tasks/7", {}, 404, "task_not_found", id="no-such-task"),
         pytest.param("DELETE", "/auth/sessions/77", {}, 404, "session_not_found", id="no-such-session"),
+        pytest.param("DELETE", "/auth/api_tokens/77", {}, 404, "api_token_not_found", id="no-such-api-token"),
+        pytest.param("GET", "/attachments/77", {}, 404, "attachment_not_found", id="no-such-attachment"),
         pytest.param("GET", "/admin/users", {}, 403, "admin_required", id="not-an-admin"),
+        pytest.param("GET", ROOT + "/metrics", {}, 403, "admin_required", id="metrics"),
         pytest.param("GET", "/tasks/changes?since=99", {}, 410, "resync_required", id="cursor-from-nowhere"),
         pytest.param("POST", "/tasks", {"content": "title=x"}, 415, "unsupported_media_type", id="no-content-type"),
         pytest.param("POST", "/tasks", {"data": {"title": "x"}}, 415, "unsupported_media_type", id="a-form"),
@@ -884,6 +943,14 @@ def test_a_database_that_fails_is_a_503(alice, monkeypatch, path):
         pytest.param("GET", f"/tasks/{SENT}", {}, id="path"),
         pytest.param("GET", f"/{SENT}", {}, id="unknown-path"),
         pytest.param("GET", "/tasks", {"headers": {"Authorization": f"Bearer {SENT}"}}, id="token"),
+        pytest.param("GET", "/tasks", {"headers": {"Authorization": f"Bearer tsk_{SENT}"}}, id="api-token"),
+        pytest.param("POST", "/auth/api_tokens", {"json": {"name": SENT, "scope": SENT}}, id="api-token-scope"),
+        pytest.param(
+            "POST",
+            "/tasks",
+            {"json": {"title": "x"}, "headers": {"Idempotency-Key": f"{SENT} {SENT}"}},
+            id="idempotency-key",
+        ),
         pytest.param("GET", "/tasks/events", {"headers": {"Last-Event-ID": SENT}}, id="last-event-id"),
         pytest.param(
             "GET", "/tasks/99", {"headers": {"If-None-Match": SENT, "Origin": SENT, "Host": SENT}}, id="headers"
@@ -997,22 +1064,39 @@ def nasty_requests(path: str, operation: dict[str, Any]) -> Iterator[dict[str, A
         "headers": {"X-Request-ID": b"\xff", "Cookie": b"\xff", "Accept": b"\xff", "Range": b"bytes=9-1"},
     }
     if "requestBody" in operation:
-        yield from nasty_bodies(plain, *operation["requestBody"]["content"].items())
+        yield from nasty_bodies(plain, operation["requestBody"]["content"])
 
 
-def nasty_bodies(url: str, content: tuple[str, Any]) -> Iterator[dict[str, Any]]:
-    expected, schema = content
-    for body in NASTY_BODIES:
-        yield {"url": url, "content": body, "headers": {"Content-Type": expected}}
+def nasty_bodies(url: str, content: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    types = [MULTIPART if kind == "multipart/form-data" else kind for kind in content]
+    for body, kind in itertools.product(NASTY_BODIES, types):
+        yield {"url": url, "content": body, "headers": {"Content-Type": kind}}
     for body, kind in itertools.product((b"{}", b"\xff", b"--x"), (FORM, MULTIPART, "application/json", "x", "", ";")):
         yield {"url": url, "content": body, "headers": {"Content-Type": kind}}
+    for body in nasty_files() if MULTIPART in types else nasty_fields(json.dumps(content), FORM in types):
+        yield {"url": url, "content": body, "headers": {"Content-Type": types[0]}}
+
+
+def nasty_fields(schema: str, form: bool) -> Iterator[bytes]:
+    """Each field of the schema with each nasty value; a body without a schema is a line of an import."""
     schemas = app.app.openapi()["components"]["schemas"]
-    fields = schemas[re.search(r"schemas/(\w+)", json.dumps(schema))[1]]["properties"]
-    fine = {"title": "x", "username": "somebody", "password": PASSWORD, "refresh_token": "x"}
+    named = re.search(r"schemas/(\w+)", schema)
+    fields = schemas[named[1] if named else "TaskPublic"]["properties"]
+    fine = {"title": "x", "username": "somebody", "password": PASSWORD, "refresh_token": "x", "name": "x"}
     for field, value in itertools.product(fields, NASTY_VALUES):
         sent = {name: fine[name] for name in fields if name in fine} | {field: value}
-        body = json.dumps(sent) if expected != FORM else urlencode({name: json.dumps(it) for name, it in sent.items()})
-        yield {"url": url, "content": body, "headers": {"Content-Type": expected}}
+        body = urlencode({name: json.dumps(it) for name, it in sent.items()}) if form else json.dumps(sent)
+        yield body.encode()
+
+
+def nasty_files() -> Iterator[bytes]:
+    """Forms with a file of a nasty name, and with nasty contents."""
+    names = [str(text).encode("utf-8", "surrogatepass") for text in NASTY_TEXTS] + [b"..", b"/", b"\xff", b"x" * 10_000]
+    files = [(name + extension, b"x") for name in names for extension in (b"", b".txt")]
+    files += [(b"x" + extension, content) for content in NASTY_BODIES for extension in (b".txt", b".png", b".docx")]
+    for name, content in files:
+        head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="' + name + b'"\r\n\r\n'
+        yield head + content + b"\r\n--x--\r\n"
 
 
 @pytest.mark.parametrize(("method", "path", "operation"), operations())
@@ -1083,9 +1167,11 @@ def test_only_the_owner_can_read_the_files(alice, tmp_path):
 @pytest.mark.usefixtures("server")
 def test_the_database_holds_no_token_and_no_password(alice, tmp_path):
     alice.accept(alice.refresh())
+    token = alice.script().tokens["token"]
     stored = b"".join(path.read_bytes() for path in (tmp_path / "data").glob("tasks.db*"))
-    for secret in (alice.tokens["refresh_token"], alice.tokens["access_token"], PASSWORD):
+    for secret in (alice.tokens["refresh_token"], alice.tokens["access_token"], PASSWORD, token, token[4:]):
         assert secret.encode() not in stored
+    assert hashlib.sha256(token.encode()).hexdigest().encode() in stored
 
 
 def test_an_id_is_never_handed_out_twice(alice):
@@ -1234,7 +1320,7 @@ def test_what_is_refused_takes_no_number(alice, bob):
 
 
 def test_every_table_has_ids_that_are_never_reused(server):
-    for table in (app.users, app.sessions, app.refresh_tokens, app.tasks):
+    for table in app.users.metadata.sorted_tables:
         [(definition,)] = server.sql(sa.text(f"SELECT sql FROM sqlite_master WHERE name = '{table.name}'"))  # noqa: S608
         assert "AUTOINCREMENT" in definition
 
@@ -1576,16 +1662,21 @@ def test_the_lifetime_is_a_setting(anonymous, configure, clock):
 # ── 7 Dependencies ──────────────────────────────────────────────────────────────────────────────
 # Who may do what: one row a route. A route without a row fails, so that none is forgotten.
 
+A_FILE = '--x\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\nx\r\n--x--\r\n'
 ROLES = {
-    # method and path: what anonymous, another user, the owner and an admin get; and what they send
+    # method and path: what anonymous, another user, the owner and an admin get; and what they send, if not as JSON
+    # then with its media type
     "POST /api/v1/auth/register": ("201 201 201 201", {"username": "new.{role}", "password": PASSWORD}),
     "POST /api/v1/auth/login": ("200 200 200 200", {"username": "alice", "password": PASSWORD}),
-    "POST /api/v1/auth/token": ("200 200 200 200", "username=alice&password=" + PASSWORD),
+    "POST /api/v1/auth/token": ("200 200 200 200", (FORM, "username=alice&password=" + PASSWORD)),
     "POST /api/v1/auth/refresh": ("401 401 401 401", {"refresh_token": "unknown"}),
     "POST /api/v1/auth/logout": ("401 204 204 204", None),
     "POST /api/v1/auth/logout_all": ("401 204 204 204", None),
     "GET /api/v1/auth/sessions": ("401 200 200 200", None),
     "DELETE /api/v1/auth/sessions/{session_id}": ("401 404 204 404", None),
+    "GET /api/v1/auth/api_tokens": ("401 200 200 200", None),
+    "POST /api/v1/auth/api_tokens": ("401 201 201 201", {"name": "backup", "scope": "read"}),
+    "DELETE /api/v1/auth/api_tokens/{token_id}": ("401 404 204 404", None),
     "GET /api/v1/users/me": ("401 200 200 200", None),
     "PATCH /api/v1/users/me": ("401 200 200 200", {"email": "somebody@example.org"}),
     "DELETE /api/v1/users/me": ("401 204 204 409", None),
@@ -1594,17 +1685,30 @@ ROLES = {
     "GET /api/v1/tasks/changes": ("401 200 200 200", None),
     "GET /api/v1/tasks/events": ("401 200 200 200", None),
     "GET /api/v1/tasks/statistics": ("401 200 200 200", None),
+    "GET /api/v1/tasks/export": ("401 200 200 200", None),
+    "POST /api/v1/tasks/import": ("401 201 201 201", ("application/jsonl", '{"title": "x"}')),
     "DELETE /api/v1/tasks/trash": ("401 204 204 204", None),
     "GET /api/v1/tasks/{task_id}": ("401 404 200 404", None),
     "PUT /api/v1/tasks/{task_id}": ("401 404 200 404", {"title": "x"}),
     "PATCH /api/v1/tasks/{task_id}": ("401 404 200 404", {"title": "x"}),
     "DELETE /api/v1/tasks/{task_id}": ("401 404 204 404", None),
     "POST /api/v1/tasks/{trashed_id}/restore": ("401 404 200 404", None),
+    "GET /api/v1/tasks/{task_id}/attachments": ("401 404 200 404", None),
+    "POST /api/v1/tasks/{task_id}/attachments": ("401 404 201 404", (MULTIPART, A_FILE)),
+    "GET /api/v1/attachments/{attachment_id}": ("401 404 200 404", None),
+    "DELETE /api/v1/attachments/{attachment_id}": ("401 404 204 404", None),
     "GET /api/v1/admin/users": ("401 403 403 200", None),
+    "POST /api/v1/admin/users": ("401 403 403 201", {"username": "new.{role}", "password": PASSWORD}),
     "GET /api/v1/admin/users/{user_id}": ("401 403 403 200", None),
+    "PATCH /api/v1/admin/users/{user_id}": ("401 403 403 200", {"role": "admin"}),
+    "DELETE /api/v1/admin/users/{user_id}": ("401 403 403 204", None),
     "GET /api/v1/admin/tasks": ("401 403 403 200", None),
+    "GET /api/v1/admin/backup": ("401 403 403 200", None),
+    "POST /api/v1/admin/cleanup": ("401 403 403 202", None),
+    "POST /api/v1/admin/webhook_test": ("401 403 403 409", None),
     "GET /health": ("200 200 200 200", None),
     "GET /health/detailed": ("200 200 200 200", None),
+    "GET /metrics": ("401 403 403 200", None),
     "GET /docs": ("200 200 200 200", None),
     "GET /docs/oauth2-redirect": ("200 200 200 200", None),
     "GET /redoc": ("200 200 200 200", None),
@@ -1628,34 +1732,75 @@ def test_every_route_has_a_row_in_the_matrix():
     assert sorted(routes()) == sorted(route.replace("trashed_id", "task_id") for route in ROLES)
 
 
+def belongings(person: Person) -> dict[str, Any]:
+    """Something of this person's for every `{…_id}` in a path."""
+    task, trashed = person.create(), person.create()
+    person.trash(trashed)
+    attachment = good(person.post(f"/tasks/{task['id']}/attachments", files={"file": ("a.txt", b"x")}), 201).json()
+    [session, *_] = person.get("/auth/sessions").json()["data"]
+    made = {"task": task, "trashed": trashed, "attachment": attachment, "session": session, "user": person.user}
+    made |= {"token": person.script().tokens, "client": {"id": "tab"}}
+    return {f"{name}_id": each["id"] for name, each in made.items()}
+
+
 @pytest.mark.parametrize("route", ROLES)
-def test_who_may_do_what(server, anonymous, alice, bob, admin, route):
-    statuses, body = ROLES[route]
-    method, path = route.split()
-    ids = {"task_id": alice.create()["id"], "user_id": alice.user["id"], "client_id": "tab"}
-    alice.trash(trashed := alice.create())
-    ids |= {"trashed_id": trashed["id"], "session_id": alice.get("/auth/sessions").json()["data"][0]["id"]}
-    got = {}
-    # The owner comes last: they may change what the others must not even see.
-    for role, person in {"anonymous": anonymous, "other": bob, "admin": admin, "owner": alice}.items():
-        sent = json.dumps(body).replace("{role}", role) if isinstance(body, dict) else body
-        got[role] = ask(server, person, method, path.format(**ids), sent)
-    assert f"{got['anonymous']} {got['other']} {got['owner']} {got['admin']}" == statuses
+def test_who_may_do_what(anonymous, alice, bob, admin, route):
+    statuses, ids, got = ROLES[route][0], belongings(alice), {}
+    people = {"anonymous": anonymous, "other": bob, "owner": alice, "admin": admin}
+    # Who may change the thing comes last: the others must not even see it.
+    last = "admin" if "/admin/" in route else "owner"
+    for role in sorted(people, key=lambda role: role == last):
+        got[role], _ = ask(people[role], route, ids, role)
+    assert " ".join(str(got[role]) for role in people) == statuses
 
 
-def ask(server: Server, person: Person, method: str, path: str, body: str | None) -> int:
-    """The status of a request, or the close code of a socket: 0 if it stays open."""
+def ask(person: Person, route: str, ids: dict[str, Any], role: str = "") -> tuple[int, str]:
+    """Status and body of a request, or the close code of a socket: 0 if it stays open."""
+    method, path = route.format(**ids).split()
     if method == "WS":
         headers = {"Authorization": person.headers.get("Authorization", "Bearer nobody")}
-        with server.websocket("tab", additional_headers=headers) as live:
+        with person.server.websocket("tab", additional_headers=headers) as live:
             try:
-                return live.frame()["seq"] and 0
+                return live.frame()["seq"] and 0, ""
             except websockets.exceptions.ConnectionClosed:
-                return live.connection.close_code or 0
-    kind = "application/json" if body and body.startswith("{") else "application/x-www-form-urlencoded"
-    headers = {"Content-Type": kind} if body else {}
-    with person.stream(method, f"{ROOT}{path}", content=body, headers=headers) as answer:
-        return answer.status_code
+                return live.connection.close_code or 0, ""
+    body = ROLES[route][1]
+    kind, content = body if isinstance(body, tuple) else ("application/json", body and json.dumps(body))
+    headers = {"Content-Type": kind} if content else {}
+    content = content and content.replace("{role}", role)
+    with person.stream(method, f"{ROOT}{path}", content=content, headers=headers) as answer:
+        return answer.status_code, answer.read().decode(errors="replace") if answer.is_error else ""
+
+
+WALL = re.compile(r"\w+ /api/v1/(auth|admin)/|(?!GET)\w+ /api/v1/users/")
+"""What an API token never reaches: accounts, sessions and administration."""
+
+
+@pytest.mark.parametrize("scope", ["read", "write"])
+def test_what_an_api_token_reaches(admin, scope):
+    wanted, got = {}, {}
+    script, known = admin.script(scope), admin.user
+    for route, (statuses, _) in ROLES.items():
+        ids = belongings(admin) if "_id}" in route else {}
+        owner, role = statuses.split()[2:]
+        # An admin is the owner of what the path names; of /metrics, which names nothing, they are the admin.
+        wanted[route] = int(owner if "_id}" in route else role)
+        if WALL.match(route) or (scope == "read" and not route.startswith(("GET ", "WS "))):
+            wanted[route] = 403
+        got[route], said = ask(script, route, ids)
+        assert got[route] != 403 or json.loads(said)["error"]["code"] == "insufficient_scope"
+    assert got == wanted
+    assert admin.get("/users/me").json() == known
+
+
+def test_an_api_token_without_the_scope_is_told_so(alice):
+    for answer in (alice.script("read").post("/tasks", json={}), alice.script("write").get("/admin/users")):
+        assert error_of(answer, 403)["code"] == "insufficient_scope"
+        assert answer.headers["WWW-Authenticate"] == 'Bearer error="insufficient_scope"'
+
+
+def test_a_read_token_may_ask_by_head_too(alice):
+    assert not good(alice.script("read").head(f"/tasks/{alice.create()['id']}")).content
 
 
 def test_a_foreign_task_looks_absent(alice, bob):
@@ -1773,9 +1918,8 @@ GETS = [route.removeprefix("GET ") for route in ROLES if route.startswith("GET "
 
 
 @pytest.mark.parametrize("path", GETS)
-def test_every_get_answers_head(alice, admin, path):
-    task = admin.create()
-    url = f"{ROOT}{path.format(task_id=task['id'], user_id=alice.user['id'])}"
+def test_every_get_answers_head(admin, path):
+    url = f"{ROOT}{path.format(**belongings(admin))}"
     if path.endswith("/events"):
         with admin.events() as stream:
             get = stream.answer
@@ -1783,7 +1927,9 @@ def test_every_get_answers_head(alice, admin, path):
         get = good(admin.get(url))
     head = good(admin.head(url))
     assert not head.content
-    volatile = {"x-request-id", "date", "transfer-encoding"} | ({"content-length"} if "detailed" in path else set())
+    volatile = {"x-request-id", "date", "transfer-encoding"}
+    volatile |= {"content-length"} if path in ("/health/detailed", "/metrics") else set()
+    volatile |= {"etag", "last-modified"} if path.endswith("/backup") else set()
     assert {*get.headers.items()} - {*head.headers.items()} <= {(name, get.headers.get(name)) for name in volatile}
 
 
@@ -1822,10 +1968,9 @@ def test_head_of_a_missing_task_is_404_without_a_body(alice):
     assert not good(alice.head("/tasks/7"), 404).content
 
 
-@pytest.mark.parametrize("path", [path for path in GETS if path.startswith(("/api", "/health"))])
-def test_a_trailing_slash_changes_nothing(alice, admin, path):
-    task = admin.create()
-    url = f"{ROOT}{path.format(task_id=task['id'], user_id=alice.user['id'])}/"
+@pytest.mark.parametrize("path", [path for path in GETS if path.startswith(("/api", "/health", "/metrics"))])
+def test_a_trailing_slash_changes_nothing(admin, path):
+    url = f"{ROOT}{path.format(**belongings(admin))}/"
     with admin.stream("GET", url) as answer:
         assert answer.status_code == 200
     with admin.stream("PROPFIND", url) as answer:
@@ -1862,30 +2007,32 @@ def refused(answer: httpx.Response) -> bool:
     return True
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "options", "status"),
-    [
-        pytest.param("GET", "/tasks", {}, 200, id="200"),
-        pytest.param("HEAD", "/tasks", {}, 200, id="200-head"),
-        pytest.param("POST", "/tasks", {"json": {"title": "x"}}, 201, id="201"),
-        pytest.param("DELETE", "/tasks/1", {}, 204, id="204"),
-        pytest.param("GET", "/tasks/1", {"headers": {"If-None-Match": "*"}}, 304, id="304"),
-        pytest.param("POST", "/tasks", {"content": "{", "headers": JSON}, 400, id="400"),
-        pytest.param("GET", "/tasks", {"headers": {"Authorization": "Bearer x"}}, 401, id="401"),
-        pytest.param("POST", "/auth/login", {"json": {"username": "x", "password": "x"}}, 401, id="401-login"),
-        pytest.param("GET", "/admin/users", {}, 403, id="403"),
-        pytest.param("GET", "/tasks/99", {}, 404, id="404"),
-        pytest.param("POST", "/auth/register", {"json": {"username": "alice", "password": PASSWORD}}, 409, id="409"),
-        pytest.param("GET", "/tasks/events?since=99", {}, 410, id="410"),
-        pytest.param("PATCH", "/tasks/1", {"json": {}, "headers": {"If-Match": '"9"'}}, 412, id="412"),
-        pytest.param("POST", "/tasks", {"content": " " * 70_000, "headers": JSON}, 413, id="413"),
-        pytest.param("POST", "/tasks", {"content": iter([b" " * 70_000]), "headers": JSON}, 413, id="413-chunked"),
-        pytest.param("POST", "/tasks", {"content": "x"}, 415, id="415"),
-        pytest.param("POST", "/tasks", {"json": {}}, 422, id="422"),
-        pytest.param("GET", "/tasks?x=1", {}, 422, id="422-query"),
-        pytest.param("GET", "/tasks/0", {}, 422, id="422-path"),
-    ],
-)
+LIMITED = [
+    pytest.param("GET", "/tasks", {}, 200, id="200"),
+    pytest.param("HEAD", "/tasks", {}, 200, id="200-head"),
+    pytest.param("GET", "/tasks/export", {}, 200, id="200-stream"),
+    pytest.param("POST", "/tasks", {"json": {"title": "x"}}, 201, id="201"),
+    pytest.param("DELETE", "/tasks/1", {}, 204, id="204"),
+    pytest.param("GET", "/tasks/1", {"headers": {"If-None-Match": "*"}}, 304, id="304"),
+    pytest.param("POST", "/tasks", {"content": "{", "headers": JSON}, 400, id="400"),
+    pytest.param("GET", "/tasks", {"headers": {"Authorization": "Bearer x"}}, 401, id="401"),
+    pytest.param("POST", "/auth/login", {"json": {"username": "x", "password": "x"}}, 401, id="401-login"),
+    pytest.param("GET", "/admin/users", {}, 403, id="403"),
+    pytest.param("GET", "/tasks/99", {}, 404, id="404"),
+    pytest.param("POST", "/auth/register", {"json": {"username": "alice", "password": PASSWORD}}, 409, id="409"),
+    pytest.param("GET", "/tasks/events?since=99", {}, 410, id="410"),
+    pytest.param("PATCH", "/tasks/1", {"json": {}, "headers": {"If-Match": '"9"'}}, 412, id="412"),
+    pytest.param("POST", "/tasks", {"content": " " * 70_000, "headers": JSON}, 413, id="413"),
+    pytest.param("POST", "/tasks", {"content": [b" " * 70_000], "headers": JSON}, 413, id="413-chunked"),
+    pytest.param("POST", "/tasks", {"content": "x"}, 415, id="415"),
+    pytest.param("POST", "/tasks", {"json": {}}, 422, id="422"),
+    pytest.param("GET", "/tasks?x=1", {}, 422, id="422-query"),
+    pytest.param("GET", "/tasks/0", {}, 422, id="422-path"),
+]
+"""What alice may ask on limited routes, when she has one task, and the status of the answer."""
+
+
+@pytest.mark.parametrize(("method", "path", "options", "status"), LIMITED)
 @pytest.mark.usefixtures("rate_limits")
 def test_every_answer_of_a_limited_route_carries_its_limits(alice, method, path, options, status):
     alice.create()
@@ -1987,14 +2134,13 @@ def test_reads_and_writes_are_counted_apart(alice, rate_limits):
     assert len(alice.titles()) == 2
 
 
-def test_users_are_counted_apart_and_their_sessions_together(alice, bob, anonymous, rate_limits):
-    again = alice.again()
+def test_users_are_counted_apart_and_their_sessions_and_api_tokens_together(alice, bob, anonymous, rate_limits):
+    theirs = [alice, alice.again(), alice.script("read"), alice.script("write")]
     app.limiter.limiter.storage.reset()
-    rate_limits(read="2/minute")
-    good(alice.get("/tasks"))
-    good(again.get("/tasks"))
-    assert refused(alice.get("/tasks"))
-    assert refused(again.get("/tasks"))
+    rate_limits(read="4/minute")
+    for person in theirs:
+        good(person.get("/tasks"))
+    assert all(refused(person.get("/tasks")) for person in theirs)
     good(bob.get("/tasks"))
     error_of(anonymous.get("/tasks"), 401)
 
@@ -2010,12 +2156,13 @@ def test_what_is_not_limited(alice, rate_limits):
     good(alice.get("/tasks"))
     alice.create()
     for method, path in [
-        *[("GET", ROOT + "/health"), ("GET", ROOT + "/health/detailed"), ("GET", ROOT + "/docs")],
+        *[("GET", ROOT + "/health"), ("GET", ROOT + "/health/detailed"), ("GET", ROOT + "/metrics")],
+        ("GET", ROOT + "/docs"),
         *[("GET", ROOT + "/openapi.json"), ("GET", "/nowhere"), ("PROPFIND", "/tasks"), ("PUT", "/auth/login")],
     ]:
         for _ in range(3):
             answer = alice.request(method, path)
-            assert answer.status_code in (200, 404, 405)
+            assert answer.status_code in (200, 403, 404, 405)
             assert not {*LIMIT_HEADERS} & {*answer.headers}
     assert refused(alice.get("/tasks"))
 
@@ -2652,7 +2799,23 @@ def replay_used_token(person: Person) -> None:
     good(person.refresh(used), 401)
 
 
-def disable(person: Person) -> None:
+def by_admin(method: str, **change: Any) -> Callable[[Person], None]:
+    """What does this to a person's account as an admin, by PATCH or DELETE."""
+
+    def do(person: Person) -> None:
+        admin = person.server.person("admin", ADMIN_PASSWORD).log_in()
+        body = {"json": change} if change else {}
+        assert admin.request(method, f"/admin/users/{person.user['id']}", **body).is_success
+
+    return do
+
+
+make_admin, make_user = by_admin("PATCH", role="admin"), by_admin("PATCH", role="user")
+disable, enable = by_admin("PATCH", is_active=False), by_admin("PATCH", is_active=True)
+set_password, delete_account = by_admin("PATCH", password="another long password"), by_admin("DELETE")
+
+
+def disable_elsewhere(person: Person) -> None:
     person.server.sql(sa.update(app.users).where(app.users.c.id == person.user["id"]).values(is_active=False))
 
 
@@ -2671,7 +2834,10 @@ ENDINGS = {
     "password changed elsewhere": change_password,
     "stolen refresh token": replay_used_token,
     "account deleted": lambda person: good(person.delete("/users/me"), 204),
+    "account deleted by an admin": delete_account,
     "account disabled": disable,
+    "account disabled elsewhere": disable_elsewhere,
+    "password set by an admin": set_password,
     "session expired": expire,
 }
 
@@ -2685,10 +2851,59 @@ def test_a_stream_ends_with_its_session(alice, ending):
     eventually(lambda: not app.feeds)
 
 
+def test_a_stream_looks_around_often_enough():
+    assert float(re.search(r"^POLL_SECONDS = ([\d.]+)", SOURCE, re.M)[1]) + 1 < 5
+
+
+API_TOKEN_ENDINGS: dict[str, Callable[[Person, Person], Any]] = {
+    "token deleted": lambda person, script: good(person.delete(f"/auth/api_tokens/{script.tokens['id']}"), 204),
+    "token expired": lambda *_: app.now.advance(hours=1),
+    "account deleted": lambda person, _: good(person.delete("/users/me"), 204),
+    "account deleted by an admin": lambda person, _: delete_account(person),
+    "account disabled": lambda person, _: disable(person),
+    "account disabled elsewhere": lambda person, _: disable_elsewhere(person),
+    "password set by an admin": lambda person, _: set_password(person),
+}
+
+
+@pytest.mark.parametrize("ending", API_TOKEN_ENDINGS)
+def test_a_stream_ends_with_its_api_token(alice, ending):
+    script = alice.script(expires_at="2026-01-15T13:00:00Z")
+    with script.socket() as live, script.events() as events:
+        API_TOKEN_ENDINGS[ending](alice, script)
+        assert live.close_code() == 4401
+        events.end()
+    error_of(script.get("/tasks"), 401)
+    eventually(lambda: not app.feeds)
+
+
+@pytest.mark.parametrize(
+    "ending", ["logout", "logout everywhere", "password changed elsewhere", "stolen refresh token"]
+)
+def test_an_api_token_and_its_streams_outlive_every_login(alice, ending):
+    script, other = alice.script(), alice.script()
+    with script.socket() as live, script.events() as events:
+        ENDINGS[ending](alice)
+        other.create()
+        assert live.frame() == events.frame()
+    good(script.get("/tasks"))
+
+
+@pytest.mark.parametrize("scope", ["read", "write"])
+def test_an_api_token_opens_every_kind_of_stream(server, alice, scope):
+    script = alice.script(scope)
+    with script.socket("by-header") as by_header, script.events() as events, server.websocket("by-frame") as by_frame:
+        by_frame.connection.send(json.dumps({"token": script.tokens["token"], "since": 0}))
+        assert by_frame.frame() == {"type": "hello", "seq": 0}
+        task = alice.create()
+        assert by_header.frame()["task"] == events.frame()["task"] == by_frame.frame()["task"] == task
+
+
 def test_the_streams_of_other_sessions_stay(alice):
     other = alice.again()
     with other.socket() as live, other.events() as events:
         good(alice.post("/auth/logout"), 204)
+        good(other.delete(f"/auth/api_tokens/{other.script().tokens['id']}"), 204)
         other.create()
         assert live.frame()["type"] == events.frame()["type"] == "created"
 
@@ -2885,6 +3100,166 @@ def test_every_route_stands_in_the_readme():
     }
 
 
+# Headers: what a browser may do with an answer, on every answer.
+
+POLICIES = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+NOTHING = {"default-src": "'none'", "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'"}
+PAGES = ["/docs", "/redoc", "/docs/oauth2-redirect"]
+ORIGIN = "https://app.example.org"
+UNLIMITED = [
+    pytest.param("GET", ROOT + "/health", {}, 200, id="200-health"),
+    *[pytest.param("GET", ROOT + page, {}, 200, id=f"200{page.replace('/', '-')}") for page in PAGES],
+    pytest.param("GET", ROOT + "/openapi.json", {}, 200, id="200-openapi"),
+    pytest.param("GET", ROOT + STATIC_FILES + "/swagger-ui.css", {}, 200, id="200-static-file"),
+    pytest.param("GET", ROOT + STATIC_FILES + "/nothing.css", {}, 404, id="404-static-file"),
+    pytest.param("GET", ROOT + "/nowhere", {}, 404, id="404-unknown-path"),
+    pytest.param("PATCH", "/tasks", {}, 405, id="405"),
+]
+"""The same on the routes without limits."""
+
+
+def policy(answer: httpx.Response) -> dict[str, str]:
+    """The Content-Security-Policy by directive."""
+    parts = (part.strip().partition(" ") for part in answer.headers["Content-Security-Policy"].split(";"))
+    return {directive: sources for directive, _, sources in parts}
+
+
+@pytest.fixture
+def cors(configure: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server that starts next lets pages of ORIGIN in."""
+    configure(cors_origins=f"http://localhost:3000, {ORIGIN}")
+    monkeypatch.setattr(app.app, "middleware_stack", None)  # FastAPI builds it at the start
+
+
+def complete(answer: httpx.Response) -> bool:
+    """Whether an answer has the policies of every answer, and what a page of ORIGIN needs to read it."""
+    assert {name: answer.headers.get(name) for name in POLICIES} == POLICIES
+    assert policy(answer).items() >= NOTHING.items()
+    assert answer.headers["X-Request-ID"]
+    assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
+    assert "Origin" in answer.headers["Vary"]
+    assert "Access-Control-Allow-Credentials" not in answer.headers
+    readable = {name.strip().lower() for name in answer.headers["Access-Control-Expose-Headers"].split(",")}
+    special = {"etag", "link", "location", "retry-after", "idempotency-replayed", "content-disposition"}
+    assert readable >= {"x-request-id", *map(str.lower, LIMIT_HEADERS)} | (special & {*answer.headers})
+    return True
+
+
+@pytest.mark.parametrize(("method", "path", "options", "status"), [*LIMITED, *UNLIMITED])
+@pytest.mark.usefixtures("cors", "rate_limits")
+def test_every_answer_carries_the_policies_and_opens_to_a_listed_origin(alice, method, path, options, status):
+    alice.create()
+    alice.headers["Origin"] = ORIGIN
+    answer = alice.request(method, path, **options)
+    assert answer.status_code == status
+    assert complete(answer)
+    assert ("text/html" in answer.headers.get("Content-Type", "")) == (policy(answer) != NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [(RuntimeError(), 500), (sa.exc.OperationalError("SELECT 1", {}, Exception("disk I/O error")), 503)],
+    ids=["500", "503"],
+)
+@pytest.mark.usefixtures("cors")
+def test_a_failure_carries_them_too(alice, monkeypatch, failure, status):
+    def fail(_work: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(app.database, "read", fail)
+    for path in ("/tasks", ROOT + "/health"):
+        answer = alice.get(path, headers={"Origin": ORIGIN})
+        assert answer.status_code == status
+        assert complete(answer)
+
+
+@pytest.mark.usefixtures("cors")
+def test_a_429_a_stream_and_a_download_carry_them_too(alice, rate_limits):
+    alice.headers["Origin"] = ORIGIN
+    path = f"/attachments/{belongings(alice)['attachment_id']}"
+    assert complete(good(alice.get(path)))
+    with alice.events() as live:
+        assert complete(live.answer)
+    with alice.socket() as live:
+        assert live.connection.response.headers["X-Content-Type-Options"] == "nosniff"
+    rate_limits(read="1/minute")
+    for _ in range(2):
+        answer = alice.get("/tasks")
+    assert refused(answer)
+    assert complete(answer)
+
+
+@pytest.mark.usefixtures("cors")
+def test_a_preflight_allows_what_the_api_takes(anonymous, rate_limits):
+    rate_limits(read="1/minute", write="1/minute")
+    asked = "authorization,content-type,idempotency-key,if-match,if-none-match,last-event-id,x-request-id"
+    for method, path in itertools.product(
+        ("GET", "POST", "PUT", "PATCH", "DELETE"), ("/tasks", "/tasks/1", "/nowhere")
+    ):
+        headers = {"Origin": ORIGIN, "Access-Control-Request-Method": method, "Access-Control-Request-Headers": asked}
+        answer = good(anonymous.options(path, headers=headers))
+        assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
+        assert method in answer.headers["Access-Control-Allow-Methods"].split(", ")
+        assert {*asked.split(",")} <= {
+            *answer.headers["Access-Control-Allow-Headers"].lower().replace(" ", "").split(",")
+        }
+        assert int(answer.headers["Access-Control-Max-Age"]) > 0
+        assert answer.headers.items() >= {name.lower(): value for name, value in POLICIES.items()}.items()
+        assert not {*LIMIT_HEADERS} & {*answer.headers}
+
+
+FOREIGN = ["https://app.example.com", "https://app.example.org.evil.example", "http://app.example.org", "null"]
+
+
+@pytest.mark.parametrize("origin", [*FOREIGN, f"{ORIGIN}:8443", "https://evil.example/https://app.example.org", "*"])
+@pytest.mark.usefixtures("cors")
+def test_no_page_of_another_origin_may_read(alice, origin):
+    for path in ("/tasks", "/tasks/99", "/nowhere", ROOT + "/health"):
+        assert "Access-Control-Allow-Origin" not in alice.get(path, headers={"Origin": origin}).headers
+    preflight = {"Origin": origin, "Access-Control-Request-Method": "GET"}
+    answer = alice.options("/tasks", headers=preflight)
+    assert "Access-Control-Allow-Origin" not in answer.headers
+    assert answer.is_client_error
+    assert answer.json()["error"].keys() == {"code", "message", "request_id"}
+
+
+def test_every_page_may_read_if_the_setting_says_so(configure, cors, start):
+    del cors
+    configure(cors_origins="*")
+    alice = start().person("alice").register()
+    for origin in FOREIGN:
+        answer = good(alice.get("/tasks", headers={"Origin": origin}))
+        assert answer.headers["Access-Control-Allow-Origin"] == "*"
+        assert "Access-Control-Allow-Credentials" not in answer.headers
+
+
+def test_no_page_elsewhere_may_read_unless_the_setting_says_so(alice):
+    for method, path in (("GET", "/tasks"), ("GET", "/nowhere"), ("GET", ROOT + "/health"), ("OPTIONS", "/tasks")):
+        answer = alice.request(method, path, headers={"Origin": ORIGIN, "Access-Control-Request-Method": "GET"})
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+        assert {name: answer.headers.get(name) for name in POLICIES} == POLICIES
+    assert error_of(answer, 405)["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_of_the_docs_runs_its_own_script_and_no_other(anonymous, page):
+    answer = good(anonymous.get(ROOT + page))
+    inline = re.findall(r"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", answer.text, re.S)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in inline]
+    said = policy(answer)
+    assert {*said["script-src"].split()} == {"'self'", *(f"'sha256-{each}'" for each in hashes)}
+    assert not re.search(r"<[^>]+\son\w+=|javascript:", answer.text)  # nothing that a hash does not cover
+    assert said["connect-src"] == "'self'"
+    assert "*" not in answer.headers["Content-Security-Policy"]
+    assert len(hashes) == (page != "/redoc")
+
+
 # Logs: one line a request, and nothing in it that must not be there.
 
 
@@ -2950,11 +3325,13 @@ def test_the_log_holds_no_secret(log, server, anonymous):
     alice.post("/tasks", json={"title": SENT, "description": SENT, "due_date": SENT})
     alice.create(SENT)
     alice.refresh()
+    token = alice.script().tokens["token"]
+    alice.post("/tasks", json={"title": "x"}, headers={"Idempotency-Key": SENT, "Authorization": f"Bearer {token}"})
     with alice.socket(), server.websocket("other") as live:
-        live.connection.send(json.dumps({"token": alice.tokens["access_token"]}))
+        live.connection.send(json.dumps({"token": token}))
         live.frame()
-    lines = log.lines(9)
-    for secret in (SENT, alice.tokens["access_token"], alice.tokens["refresh_token"]):
+    lines = log.lines(11)
+    for secret in (SENT, alice.tokens["access_token"], alice.tokens["refresh_token"], token):
         assert secret not in "\n".join(lines)
 
 
@@ -3057,6 +3434,44 @@ def test_a_later_purge_of_earlier_changes_does_not_freshen_a_cursor(server, alic
     server.run(app.clean_up())
     assert alice.titles(deleted=True) == []
     error_of(alice.get(f"/tasks/changes?since={since}"), 410)
+
+
+def test_a_clean_up_removes_expired_api_tokens_and_no_others(server, alice, clock):
+    alice.script(expires_at="2026-01-20T00:00:00Z")
+    never, later_on = alice.script(), alice.script(expires_at="2030-01-01T00:00:00Z")
+    clock.advance(days=6)
+    server.run(app.clean_up())
+    assert len(server.sql(sa.select(app.sessions).where(app.sessions.c.token_hash.is_not(None)))) == 2
+    clock.advance(days=300)
+    server.run(app.clean_up())
+    good(never.get("/tasks"))
+    good(later_on.get("/tasks"))
+
+
+def test_an_admin_starts_a_clean_up(alice, admin, clock):
+    alice.trash(alice.create("old"))
+    later(admin, clock, days=31)
+    answer = good(admin.post("/admin/cleanup"), 202)
+    assert not answer.content
+    path = ROOT + answer.headers["Location"]
+    cleaned = eventually(lambda: admin.get(path).json()["last_cleanup"])
+    assert cleaned["finished_at"] == "2026-02-15T12:00:00Z"
+    assert cleaned["tasks"] == 1
+    assert cleaned["sessions"] == 2
+    assert alice.log_in().titles(deleted=True) == []
+
+
+def test_a_clean_up_runs_every_hour(start, monkeypatch, clock):
+    assert app.CLEANUP_SECONDS == 3_600
+    monkeypatch.setattr(app, "CLEANUP_SECONDS", 0.05)
+    alice = start().person("alice").register()
+
+    def finished() -> Any:
+        return (alice.get(ROOT + "/health/detailed").json()["last_cleanup"] or {}).get("finished_at")
+
+    for moment in ("2026-01-15T12:00:00Z", "2026-01-15T13:00:00Z"):
+        eventually(lambda moment=moment: finished() == moment)
+        clock.advance(hours=1)
 
 
 def test_trash_can_go_at_once(server, alice, configure):
@@ -3354,6 +3769,165 @@ def test_expired_sessions_are_not_listed(alice, clock):
     assert len(alice.again().get("/auth/sessions").json()["data"]) == 1
 
 
+# API tokens: shown once, and walled off from accounts, sessions and administration (section 7).
+
+API_TOKEN_FIELDS = {"id", "name", "scope", "created_at", "last_used_at", "expires_at"}
+
+
+def test_an_api_token_is_shown_once(alice):
+    answer = good(alice.post("/auth/api_tokens", json={"name": "  backup ", "scope": "read"}), 201)
+    assert answer.headers["Cache-Control"] == "no-store"
+    created = answer.json()
+    token = created.pop("token")
+    assert re.fullmatch(r"tsk_[A-Za-z0-9_-]{43}", token)
+    expected = {"name": "backup", "scope": "read", "last_used_at": None, "expires_at": None}
+    assert created == {"id": created["id"], "created_at": "2026-01-15T12:00:00Z"} | expected
+    listed = good(alice.get("/auth/api_tokens"))
+    assert listed.json() == {"data": [created]}
+    assert token not in listed.text
+    error_of(alice.get(f"/auth/api_tokens/{created['id']}"), 405)
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        (None, None),
+        ("2026-01-15T12:00:01Z", "2026-01-15T12:00:01Z"),
+        ("2026-01-15T14:00:00+01:00", "2026-01-15T13:00:00Z"),
+        ("2026-02-01T09:00:00", "2026-02-01T09:00:00Z"),
+        ("2026-01-15", "2026-01-15T23:59:59Z"),
+    ],
+)
+def test_an_api_token_works_until_it_expires(alice, clock, sent, kept):
+    script = alice.script(expires_at=sent)
+    assert script.tokens["expires_at"] == kept
+    moment = datetime.fromisoformat(kept) if kept else clock() + timedelta(days=3_000)
+    clock.moment = moment - timedelta(microseconds=1)
+    good(script.get("/tasks"))
+    clock.moment = moment
+    assert script.get("/tasks").status_code == (401 if kept else 200)
+    assert len(alice.log_in().get("/auth/api_tokens").json()["data"]) == (0 if kept else 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "sent"),
+    [
+        *[("name", it) for it in ("", "   ", "x" * 101, None, 1, "a\0b", "\ud800")],
+        *[("scope", it) for it in ("", "admin", "READ", None, ["read"])],
+        *[("expires_at", it) for it in ("2026-01-15T12:00:00Z", "2026-01-14", "2020-01-01", "tomorrow", "", 4e9)],
+        *[("token", "tsk_" + "x" * 43), ("id", 7), ("last_used_at", None)],
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_what_an_api_token_refuses(alice, field, sent):
+    body = json.dumps({"name": "backup", "scope": "read"} | {field: sent})
+    answer = alice.post("/auth/api_tokens", content=body, headers=JSON)
+    assert error_of(answer, 422)["details"]
+    assert alice.get("/auth/api_tokens").json() == {"data": []}
+
+
+@pytest.mark.parametrize("missing", ["name", "scope"])
+def test_an_api_token_has_a_name_and_a_scope(alice, missing):
+    body = {name: value for name, value in {"name": "backup", "scope": "read"}.items() if name != missing}
+    assert error_of(alice.post("/auth/api_tokens", json=body), 422)["details"][0]["field"] == missing
+
+
+def test_an_unknown_an_expired_and_a_deleted_api_token_look_the_same(alice, anonymous, clock):
+    expired, deleted = alice.script(expires_at="2026-01-15T12:01:00Z"), alice.script()
+    good(alice.delete(f"/auth/api_tokens/{deleted.tokens['id']}"), 204)
+    clock.advance(minutes=2)
+    tokens = ["tsk_", "tsk_" + "x" * 43, *(script.tokens["token"] for script in (expired, deleted))]
+    tokens += [alice.script().tokens["token"][:-1], f"{alice.script().tokens['token']}x"]
+    answers = [
+        anonymous.get("/tasks", headers={"Authorization": f"Bearer {token}", "X-Request-ID": "same"})
+        for token in [*tokens, "nonsense"]
+    ]
+    assert {answer.text for answer in answers} == {answers[0].text}
+    assert {answer.headers["WWW-Authenticate"] for answer in answers} == {"Bearer"}
+    assert error_of(answers[0], 401)["code"] == "not_authenticated"
+
+
+def test_deleting_an_api_token_ends_it_at_once_and_no_other(alice):
+    script, other = alice.script(), alice.script()
+    good(alice.delete(f"/auth/api_tokens/{script.tokens['id']}"), 204)
+    error_of(script.get("/tasks"), 401)
+    good(other.get("/tasks"))
+    assert [token["id"] for token in alice.get("/auth/api_tokens").json()["data"]] == [other.tokens["id"]]
+    assert error_of(alice.delete(f"/auth/api_tokens/{script.tokens['id']}"), 404)["code"] == "api_token_not_found"
+
+
+def test_a_foreign_api_token_looks_absent(alice, bob):
+    script = alice.script()
+    foreign = bob.delete(f"/auth/api_tokens/{script.tokens['id']}", headers={"X-Request-ID": "same"})
+    absent = bob.delete("/auth/api_tokens/99", headers={"X-Request-ID": "same"})
+    told = {"message": f"No api_token {script.tokens['id']}."}
+    assert error_of(foreign, 404) == error_of(absent, 404) | told
+    assert bob.get("/auth/api_tokens").json() == {"data": []}
+    good(script.get("/tasks"))
+
+
+def test_logins_and_api_tokens_are_two_lists(alice):
+    script = alice.script()
+    [session] = alice.get("/auth/sessions").json()["data"]
+    [token] = alice.get("/auth/api_tokens").json()["data"]
+    assert (session.keys(), token.keys()) == (SESSION_FIELDS, API_TOKEN_FIELDS)
+    assert (session["current"], token["id"]) == (True, script.tokens["id"])
+    assert error_of(alice.delete(f"/auth/sessions/{token['id']}"), 404)["code"] == "session_not_found"
+    assert error_of(alice.delete(f"/auth/api_tokens/{session['id']}"), 404)["code"] == "api_token_not_found"
+    good(script.get("/tasks"))
+    good(alice.get("/tasks"))
+
+
+def test_an_api_token_is_no_refresh_token(alice, anonymous):
+    token = alice.script().tokens["token"]
+    error_of(anonymous.refresh(token), 401)
+    error_of(anonymous.post("/auth/logout", json={"refresh_token": token}), 401)
+
+
+def test_using_a_token_writes_nothing_until_it_is_noted(alice, clock, tmp_path):
+    script = alice.script()
+    clock.advance(minutes=5)
+    with contextlib.closing(sqlite3.connect(tmp_path / "data" / "tasks.db")) as database:
+
+        def commits() -> int:
+            """A number that changes with every commit of others. Ref: SQLite's PRAGMA data_version."""
+            return database.execute("PRAGMA data_version").fetchone()[0]
+
+        before = commits()
+        for person in (script, alice):
+            for _ in range(20):
+                good(person.get("/tasks"))
+        assert commits() == before
+        assert alice.get("/auth/api_tokens").json()["data"][0]["last_used_at"] == "2026-01-15T12:05:00Z"
+        assert alice.get("/auth/sessions").json()["data"][0]["last_used_at"] == "2026-01-15T12:05:00Z"
+        assert commits() > before
+
+
+def last_used(server: Server, script: Person) -> Any:
+    """What the database knows of the last use of this API token."""
+    this = app.sessions.c.id == script.tokens["id"]
+    return server.sql(sa.select(app.sessions.c.last_used_at).where(this))[0][0]
+
+
+def test_uses_are_noted_every_minute(start, monkeypatch, clock):
+    assert app.USES_SECONDS == 60
+    monkeypatch.setattr(app, "USES_SECONDS", 0.05)
+    server = start()
+    script = server.person("alice").register().script()
+    clock.advance(minutes=5)
+    good(script.get("/tasks"))
+    eventually(lambda: last_used(server, script) == clock())
+
+
+def test_uses_are_noted_at_the_end(start, clock):
+    first = start()
+    script = first.person("alice").register().script()
+    clock.advance(minutes=5)
+    good(script.get("/tasks"))
+    first.stop()
+    assert last_used(start(), script) == clock()
+
+
 # The account itself.
 
 
@@ -3365,11 +3939,12 @@ def test_the_email_can_change(alice):
 
 
 def test_a_new_password_ends_the_other_sessions(alice, anonymous):
-    other = alice.again()
+    other, script = alice.again(), alice.script()
     change = {"password": "another long password", "current_password": PASSWORD}
     assert good(alice.patch("/users/me", json=change)).json() == alice.user
     assert everything_of_the_session_is_dead(anonymous, other.tokens)
     good(alice.get("/tasks"))
+    good(script.get("/tasks"))
     good(alice.refresh())
     error_of(anonymous.post("/auth/login", json={"username": "alice", "password": PASSWORD}), 401)
     good(anonymous.post("/auth/login", json={"username": "alice", "password": "another long password"}))
@@ -3397,16 +3972,37 @@ def test_what_a_user_cannot_change(alice, change, status, code):
     good(other.get("/tasks"))
 
 
-def test_deleting_an_account_deletes_everything_of_it(server, alice, bob, anonymous):
+@pytest.mark.parametrize("ending", ["account deleted", "account deleted by an admin"])
+def test_deleting_an_account_deletes_everything_of_it(server, bob, admin, anonymous, ending):
+    belongings(bob)
+    admin.get("/auth/sessions")
+
+    def rows() -> dict[str, set[int]]:
+        """The keys of every table but those of admin's logins."""
+        others = {
+            "sessions": app.sessions.c.user_id != admin.user["id"],
+            "refresh_tokens": app.refresh_tokens.c.session_id.in_(
+                sa.select(app.sessions.c.id).where(app.sessions.c.user_id != admin.user["id"])
+            ),
+        }
+        return {
+            table.name: {
+                row[0] for row in server.sql(sa.select(*table.primary_key).where(others.get(table.name, True)))
+            }
+            for table in app.users.metadata.sorted_tables
+        }
+
+    before = rows()
+    alice = server.person("alice").register()
     other = alice.again()
-    alice.create()
-    alice.trash(alice.create())
-    bob.create()
-    good(alice.delete("/users/me"), 204)
+    script = alice.script()
+    belongings(alice)
+    assert {name for name, keys in rows().items() if keys <= before[name]} == {"schema_version"}
+    ENDINGS[ending](alice)
+    assert rows() == before
     assert everything_of_the_session_is_dead(anonymous, alice.tokens, other.tokens)
+    error_of(script.get("/tasks"), 401)
     error_of(anonymous.post("/auth/login", json={"username": "alice", "password": PASSWORD}), 401)
-    for table in (app.tasks, app.sessions, app.refresh_tokens):
-        assert len(server.sql(sa.select(table))) == 1
     assert server.person("alice").register().all_tasks() == {}
 
 
@@ -3444,7 +4040,12 @@ def test_whoever_is_deleted_between_two_queries_is_nobody(alice, monkeypatch):
     error_of(alice.get("/tasks/changes"), 401)
 
 
-def test_a_login_with_a_password_that_changes_meanwhile_fails(server, alice, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "method"),
+    [({"password": "another long password"}, "PATCH"), ({"is_active": False}, "PATCH"), ({}, "DELETE")],
+    ids=["password", "disabled", "deleted"],
+)
+def test_a_login_to_an_account_that_changes_meanwhile_fails(server, alice, admin, monkeypatch, method, change):
     comparing, changed, check = threading.Event(), threading.Event(), bcrypt.checkpw
 
     def slow(password: bytes, hashed: bytes) -> bool:
@@ -3456,10 +4057,11 @@ def test_a_login_with_a_password_that_changes_meanwhile_fails(server, alice, mon
     with ThreadPoolExecutor(1) as pool:
         login = pool.submit(server.person().post, "/auth/login", json=body)
         assert comparing.wait(DEADLINE)
-        new = {"password_hash": app.hash_password("another long password")}
-        server.sql(sa.update(app.users).where(app.users.c.id == alice.user["id"]).values(new))
+        assert admin.request(method, f"/admin/users/{alice.user['id']}", json=change or None).is_success
         changed.set()
-        error_of(login.result(DEADLINE), 401)
+        assert login.result(DEADLINE).status_code in (401, 403)
+    mine = app.sessions.c.user_id == alice.user["id"]
+    assert server.sql(sa.select(app.sessions).where(mine)) == []
 
 
 def test_a_new_password_from_a_session_that_ends_meanwhile_is_none(alice, monkeypatch):
@@ -3493,11 +4095,7 @@ def test_refreshing_does_not_make_a_session_young(alice, clock):
     error_of(alice.delete("/users/me"), 403)
 
 
-def make_admin(person: Person) -> None:
-    person.server.sql(sa.update(app.users).where(app.users.c.id == person.user["id"]).values(role="admin"))
-
-
-def test_the_last_admin_stays(alice, admin):
+def test_the_last_admin_cannot_leave(alice, admin):
     assert error_of(admin.delete("/users/me"), 409)["code"] == "last_admin"
     make_admin(alice)
     good(admin.delete("/users/me"), 204)
@@ -3606,6 +4204,98 @@ def test_of_racing_deletes_and_restores_each_finds_its_task_once(alice):
     assert sorted(together(10, lambda _: alice.delete(f"/tasks/{task['id']}").status_code)) == [204] + [404] * 9
     answers = together(10, lambda _: alice.post(f"/tasks/{task['id']}/restore").status_code)
     assert sorted(answers) == [200] + [404] * 9
+
+
+# Idempotency-Key: whoever did not hear the answer asks again.
+
+
+def post(person: Person, key: str | bytes, title: str = "Buy milk", **fields: Any) -> httpx.Response:
+    return person.post("/tasks", json={"title": title} | fields, headers={"Idempotency-Key": key})
+
+
+def replayed(answer: httpx.Response) -> dict[str, Any]:
+    """The task of an answer that is a replay."""
+    assert good(answer).headers["Idempotency-Replayed"] == "true"
+    assert answer.headers["Location"] == f"/api/v1/tasks/{answer.json()['id']}"
+    assert answer.headers["ETag"] == f'"{answer.json()["version"]}"'
+    return answer.json()
+
+
+def test_the_same_key_gives_the_same_task(alice):
+    first = good(post(alice, "k1"), 201)
+    assert "Idempotency-Replayed" not in first.headers
+    assert replayed(post(alice, "k1")) == first.json()
+    assert replayed(post(alice, "k1", "Buy tea", priority="high")) == first.json()
+    assert good(post(alice, "K1"), 201).json()["id"] == 2
+    assert good(alice.post("/tasks", json={"title": "x"}), 201).json()["id"] == 3
+    assert "idempotency_key" not in first.json()
+    assert len(alice.all_tasks()) == 3
+
+
+def test_a_replay_changes_nothing(alice):
+    with alice.socket() as live, alice.events() as events:
+        first = good(post(alice, "k1"), 201).json()
+        etag = alice.get("/tasks").headers["ETag"]
+        assert replayed(post(alice, "k1")) == first
+        good(alice.get("/tasks", headers={"If-None-Match": etag}), 304)
+        assert alice.get("/tasks/changes?since=1").json() == {"data": [], "next_since": 1, "has_more": False}
+        assert alice.create("next")["version"] == 2
+        for stream in (live, events):
+            assert [frame["seq"] for frame in stream.until("next")] == [1, 2]
+
+
+def test_a_key_is_its_users(alice, bob):
+    mine = good(post(alice, "k1"), 201).json()
+    assert good(post(bob, "k1"), 201).json()["id"] != mine["id"]
+    assert replayed(post(alice.again(), "k1")) == replayed(post(alice.script(), "k1")) == mine
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_of_racing_posts_with_one_key_one_creates(alice, count):
+    answers = together(count, lambda at: post(alice, "k1", f"by {at}"))
+    assert sorted(answer.status_code for answer in answers) == [200] * (count - 1) + [201]
+    assert {answer.json()["id"] for answer in answers} == {1}
+    assert len(alice.all_tasks()) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda alice, task: alice.edit(task, title="edited"), id="edited"),
+        pytest.param(lambda alice, _: alice.patch("/tasks/1", json={}, headers={"If-Match": '"9"'}), id="412"),
+        pytest.param(lambda alice, task: alice.trash(task), id="trashed"),
+        pytest.param(lambda alice, task: [alice.trash(task), alice.post("/tasks/1/restore")], id="restored"),
+    ],
+)
+def test_a_replay_gives_the_task_as_it_is_now(alice, change):
+    change(alice, good(post(alice, "k1"), 201).json())
+    [now] = alice.get("/tasks/changes").json()["data"]
+    assert replayed(post(alice, "k1")) == now
+    assert alice.get("/tasks/changes").json()["data"] == [now]
+
+
+def test_a_purge_frees_its_keys(alice):
+    first = good(post(alice, "k1"), 201).json()
+    alice.trash(first)
+    good(alice.delete("/tasks/trash"), 204)
+    assert good(post(alice, "k1"), 201).json()["id"] > first["id"]
+
+
+def test_a_refused_task_leaves_its_key_free(alice):
+    error_of(post(alice, "k1", ""), 422)
+    good(post(alice, "k1"), 201)
+
+
+@pytest.mark.parametrize("key", ["x" * 255, "~!", '"6f1c"', "a,b;c", "0"], ids=lambda key: key[:8])
+def test_what_a_key_may_be(alice, key):
+    good(post(alice, key), 201)
+    replayed(post(alice, key))
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "a b", "a\tb", b"\xe9", b"\xc3\xa9"], ids=lambda key: repr(key)[:8])
+def test_what_a_key_may_not_be(alice, key):
+    assert "dempotency" in error_of(post(alice, key), 422)["details"][0]["field"]
+    assert alice.all_tasks() == {}
 
 
 # Lists: filters, orders and pages.
@@ -3819,6 +4509,304 @@ def test_an_admin_sees_every_task(alice, bob, admin):
     error_of(admin.get("/admin/tasks?owner_id=0"), 422)
 
 
+def test_an_admin_creates_accounts(server, admin, configure):
+    configure(registration="closed")
+    body = {"username": "Ålice", "password": PASSWORD, "email": "alice@example.org", "role": "admin"}
+    answer = good(admin.post("/admin/users", json=body), 201)
+    made = {"username": "Ålice", "email": "alice@example.org", "role": "admin", "is_active": True}
+    assert answer.json() == made | {"id": 2, "created_at": "2026-01-15T12:00:00Z"}
+    assert answer.headers["Location"] == "/api/v1/admin/users/2"
+    assert good(admin.get(ROOT + answer.headers["Location"])).json() == answer.json()
+    good(server.person("ålice").log_in().get("/admin/users"))
+    plain = good(admin.post("/admin/users", json={"username": "bob", "password": PASSWORD}), 201).json()
+    assert (plain["role"], plain["email"]) == ("user", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code"),
+    [
+        *[({"username": name}, 409, "username_taken") for name in ("alice", "ALICE", "ａlice", "admin")],
+        *[({"username": name}, 422, "validation_failed") for name in ("", "a b", None)],
+        *[({"password": it}, 422, "validation_failed") for it in ("short", "password1", None)],
+        *[({"role": it}, 422, "validation_failed") for it in ("root", "Admin", None)],
+        *[({"email": "nonsense"}, 422, "validation_failed"), ({"is_active": True}, 422, "validation_failed")],
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("alice")
+def test_what_an_admin_cannot_create(admin, change, status, code):
+    answer = admin.post("/admin/users", json={"username": "bob", "password": PASSWORD} | change)
+    assert error_of(answer, status)["code"] == code
+    assert admin.get("/admin/users").json()["meta"]["total"] == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *[{}, {"role": "admin"}, {"role": "user"}, {"is_active": False}, {"is_active": True}],
+        {"role": "admin", "is_active": False},
+    ],
+    ids=str,
+)
+def test_what_an_admin_changes(alice, admin, change):
+    path = f"/admin/users/{alice.user['id']}"
+    assert good(admin.patch(path, json=change)).json() == alice.user | change
+    assert good(admin.get(path)).json() == alice.user | change
+    assert alice.get("/tasks").status_code == (200 if change.get("is_active", True) else 401)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *[{"role": it} for it in ("root", "", None, 1, ["admin"])],
+        *[{"is_active": it} for it in ("false", 0, None)],
+        *[{"password": it} for it in ("short", "password1", None, 12345678)],
+        *[{"username": "bob"}, {"email": "a@example.org"}, {"id": 1}, {"seq": 9}, []],
+    ],
+    ids=str,
+)
+def test_what_an_admin_cannot_change(alice, admin, change):
+    path = f"/admin/users/{alice.user['id']}"
+    body = change | ({"is_active": False} if "is_active" not in change else {}) if isinstance(change, dict) else change
+    assert error_of(admin.patch(path, json=body), 422)["details"]
+    assert admin.get(path).json() == alice.user
+    good(alice.again().get("/tasks"))
+
+
+@pytest.mark.parametrize(
+    ("method", "change"),
+    [("GET", None), ("PATCH", {}), ("PATCH", {"role": "user"}), ("PATCH", {"is_active": False}), ("DELETE", None)],
+    ids=str,
+)
+def test_an_account_that_is_not_there_is_404(admin, method, change):
+    error = error_of(admin.request(method, "/admin/users/99", json=change), 404)
+    assert (error["code"], error["message"]) == ("user_not_found", "No user 99.")
+
+
+def test_a_new_role_works_at_once_and_without_a_login(alice):
+    error_of(alice.get("/admin/users"), 403)
+    make_admin(alice)
+    good(alice.get("/admin/users"))
+    assert alice.get("/users/me").json()["role"] == "admin"
+    make_user(alice)
+    error_of(alice.get("/admin/users"), 403)
+    good(alice.get("/tasks"))
+    good(alice.refresh())
+
+
+def test_an_enabled_account_logs_in_again_and_finds_its_tasks(alice, anonymous):
+    task, script = alice.create(), alice.script()
+    disable(alice)
+    body = {"username": "alice", "password": PASSWORD}
+    assert error_of(anonymous.post("/auth/login", json=body), 403)["code"] == "account_disabled"
+    enable(alice)
+    assert everything_of_the_session_is_dead(anonymous, alice.tokens)
+    error_of(script.get("/tasks"), 401)
+    assert alice.log_in().all_tasks() == {task["id"]: task}
+    assert alice.get("/auth/api_tokens").json() == {"data": []}
+
+
+def test_a_password_set_by_an_admin_is_the_only_way_in(alice, anonymous):
+    task, script = alice.create(), alice.script()
+    set_password(alice)
+    assert everything_of_the_session_is_dead(anonymous, alice.tokens)
+    error_of(script.get("/tasks"), 401)
+    error_of(anonymous.post("/auth/login", json={"username": "alice", "password": PASSWORD}), 401)
+    assert anonymous.server.person("alice", "another long password").log_in().all_tasks() == {task["id"]: task}
+
+
+GOINGS = [
+    pytest.param("PATCH", {"role": "user"}, id="demoted"),
+    pytest.param("PATCH", {"is_active": False}, id="disabled"),
+    pytest.param(
+        "PATCH", {"role": "user", "is_active": True, "password": "another long password"}, id="demoted-and-more"
+    ),
+    pytest.param("PATCH", {"role": "admin", "is_active": False}, id="disabled-and-more"),
+    pytest.param("DELETE", None, id="deleted"),
+]
+
+
+@pytest.mark.parametrize(("method", "change"), GOINGS)
+def test_the_last_active_admin_stays(alice, admin, method, change):
+    make_admin(alice)
+    disable(alice)  # who is disabled does not count
+    answer = admin.request(method, f"/admin/users/{admin.user['id']}", json=change)
+    assert error_of(answer, 409)["code"] == "last_admin"
+    assert admin.get("/users/me").json() == admin.user
+    good(admin.again().refresh())
+    good(admin.patch(f"/admin/users/{alice.user['id']}", json={"role": "user"}))
+
+
+@pytest.mark.parametrize("whom", ["themselves", "each-other"])
+@pytest.mark.parametrize(("method", "change"), GOINGS)
+def test_of_two_admins_who_go_at_once_one_stays_active(server, alice, admin, method, change, whom):
+    make_admin(alice)
+    people = [alice, admin] if whom == "themselves" else [admin, alice]
+    paths = [f"/admin/users/{person.user['id']}" for person in people]
+    answers = together(2, lambda at: [alice, admin][at].request(method, paths[at], json=change).status_code)
+    # Who is late finds themselves the last, or no longer an admin, or gone.
+    assert sorted(answers)[0] in (200, 204)
+    assert sorted(answers)[1] in (401, 403, 409)
+    assert [(it.role, it.is_active) for it in server.sql(sa.select(app.users))].count(("admin", True)) == 1
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "users"), ("PATCH", "users/2")])
+@pytest.mark.parametrize("end", [make_user, disable, set_password], ids=["demoted", "disabled", "password"])
+def test_who_is_no_admin_any_more_when_their_body_has_arrived_changes_nothing(server, alice, bob, end, method, path):
+    make_admin(bob)
+    assert alice.user["id"] == 2
+    body = {"username": "eve", "password": PASSWORD} if method == "POST" else {"role": "admin"}
+    content = json.dumps(body).encode()
+    with server.connect() as connection:
+        connection.sendall(
+            f"{method} /api/v1/admin/{path} HTTP/1.1\r\nHost: x\r\nAuthorization: {bob.headers['Authorization']}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\nExpect: 100-continue\r\n\r\n".encode()
+        )
+        assert connection.recv(65536).startswith(b"HTTP/1.1 100 ")
+        end(bob)
+        connection.sendall(content)
+        assert re.match(rb"HTTP/1.1 40[13] ", connection.recv(65536))
+    accounts = {
+        row.username: row.role for row in server.sql(sa.select(app.users).where(app.users.c.id != bob.user["id"]))
+    }
+    assert accounts == {"admin": "admin", "alice": "user"}
+
+
+# Metrics: how much, by what, and nothing of whom.
+
+COUNTERS = ["tasks_written_total", "rate_limited_requests_total", "failed_logins_total", "webhooks_given_up_total"]
+
+
+def figures(person: Person) -> dict[tuple[str, ...], float]:
+    """What /metrics says: values by name and labels."""
+    families = text_string_to_metric_families(good(person.get(ROOT + "/metrics")).text)
+    return {(it.name, *it.labels.values()): it.value for family in families for it in family.samples}
+
+
+@pytest.mark.parametrize(
+    ("setting", "statuses"),
+    [("admin", "401 403 200 403 200 200"), ("open", "200 200 200 200 200 200"), ("off", "404 404 404 404 404 404")],
+)
+def test_who_sees_the_metrics(anonymous, alice, admin, configure, setting, statuses):
+    configure(metrics=setting)
+    people = [anonymous, alice, admin, alice.script("read"), admin.script("read"), admin.script("write")]
+    answers = [person.get(ROOT + "/metrics") for person in people]
+    assert " ".join(str(answer.status_code) for answer in answers) == statuses
+    code = {"admin": "not_authenticated", "off": "not_found"}.get(setting)
+    assert answers[0].json()["error"]["code"] == code if code else answers[0].text.startswith("# HELP ")
+    if answers[2].status_code == 200:
+        assert answers[2].headers["Content-Type"].startswith("text/plain; version=")
+
+
+@pytest.mark.parametrize(
+    ("act", "request_", "moved"),
+    [
+        pytest.param(lambda it: it.get("/tasks/7"), "GET /api/v1/tasks/{task_id} 404", {}, id="404"),
+        pytest.param(lambda it: it.get("/tasks/0"), "GET /api/v1/tasks/{task_id} 422", {}, id="422"),
+        pytest.param(lambda it: it.head("/tasks"), "HEAD /api/v1/tasks 200", {}, id="head"),
+        pytest.param(lambda it: it.get("/tasks/"), "GET /api/v1/tasks 200", {}, id="trailing-slash"),
+        pytest.param(lambda it: it.get("/nowhere"), "GET none 404", {}, id="unknown-path"),
+        pytest.param(lambda it: it.put("/tasks"), "PUT none 405", {}, id="wrong-method"),
+        pytest.param(lambda it: it.get(ROOT + "/health"), "GET /health 200", {}, id="health"),
+        pytest.param(
+            lambda it: [it.get("/tasks"), it.get("/tasks")],
+            "GET /api/v1/tasks 429",
+            {"rate_limited_requests_total": 1},
+            id="429",
+        ),
+        pytest.param(lambda it: it.create(), "POST /api/v1/tasks 201", {"tasks_written_total": 1}, id="create"),
+        pytest.param(
+            lambda it: [post(it, "k1"), post(it, "k1")],
+            "POST /api/v1/tasks 200",
+            {"tasks_written_total": 1},
+            id="replay",
+        ),
+        pytest.param(
+            lambda it: it.edit(it.create()), "PATCH /api/v1/tasks/{task_id} 200", {"tasks_written_total": 2}, id="edit"
+        ),
+        pytest.param(
+            lambda it: it.trash(it.create()),
+            "DELETE /api/v1/tasks/{task_id} 204",
+            {"tasks_written_total": 2},
+            id="trash",
+        ),
+        pytest.param(
+            lambda it: it.post(
+                "/tasks/import", content='{"title":"x"}\n' * 3, headers={"Content-Type": "application/jsonl"}
+            ),
+            "POST /api/v1/tasks/import 201",
+            {"tasks_written_total": 3},
+            id="import",
+        ),
+        pytest.param(
+            lambda it: it.post("/auth/login", json={"username": "alice", "password": "wrong password"}),
+            "POST /api/v1/auth/login 401",
+            {"failed_logins_total": 1},
+            id="wrong-password",
+        ),
+        pytest.param(
+            lambda it: it.post("/auth/token", data={"username": "nobody", "password": "wrong password"}),
+            "POST /api/v1/auth/token 401",
+            {"failed_logins_total": 1},
+            id="unknown-name",
+        ),
+        pytest.param(
+            lambda it: it.patch("/users/me", json={"current_password": "wrong password", "password": "x9!kQ2zz"}),
+            "PATCH /api/v1/users/me 403",
+            {"failed_logins_total": 1},
+            id="wrong-current-password",
+        ),
+        pytest.param(lambda it: it.again(), "POST /api/v1/auth/login 200", {}, id="right-password"),
+        pytest.param(lambda it: it.seq(), "WEBSOCKET /ws/tasks/{client_id} 1000", {}, id="socket"),
+    ],
+)
+def test_each_figure_moves(alice, anonymous, configure, rate_limits, act, request_, moved):
+    configure(metrics="open")
+    rate_limits(read="1/minute")
+    before = figures(anonymous)
+    act(alice)
+    method, route, status = request_.split()
+    counted = ("http_requests_total", method, route, status)
+    # It is counted when it has left.
+    after = eventually(lambda: (now := figures(anonymous)).get(counted) != before.get(counted) and now)
+    grown = {key: after[key] - before.get(key, 0) for key in after}
+    assert grown[counted] == 1
+    assert grown["http_request_duration_seconds_count", method, route] >= 1
+    assert {name: grown[name,] for name in COUNTERS} == dict.fromkeys(COUNTERS, 0) | moved
+
+
+def test_the_metrics_count_open_streams_and_know_no_old_ones(alice, admin):
+    before = figures(admin)["live_connections",]
+    with alice.socket(), alice.events():
+        assert figures(admin)["live_connections",] == before + 2
+    eventually(lambda: figures(admin)["live_connections",] == before == 0)
+
+
+def test_a_latency_is_a_time(alice, admin):
+    key = ("http_request_duration_seconds_sum", "GET", "/api/v1/tasks/statistics")
+    before, began = figures(admin).get(key, 0), time.perf_counter()
+    alice.get("/tasks/statistics")
+    assert 0 < figures(admin)[key] - before <= time.perf_counter() - began
+
+
+def test_no_label_tells_of_anybody(admin, anonymous):
+    alice = anonymous.accept(anonymous.post("/auth/register", json={"username": SENT, "password": PASSWORD}))
+    alice.create(SENT)
+    script = alice.script(name=SENT)
+    post(script, SENT)
+    for path in (f"/tasks?search={SENT}", f"/{SENT}", f"/tasks/{SENT}", f"{ROOT}/{SENT}?{SENT}", f"/tasks/1/{SENT}"):
+        alice.get(path, headers={"User-Agent": SENT, "X-Request-ID": SENT})
+    with alice.socket(SENT):
+        pass
+    eventually(lambda: figures(admin)["live_connections",] == 0)
+    text = admin.get(ROOT + "/metrics").text
+    for told in (SENT, script.tokens["token"], "127.0.0.1"):
+        assert told not in text
+    assert {*re.findall(r'route="([^"]*)"', text)} <= {
+        route.split()[1].replace("trashed_id", "task_id") for route in ROLES
+    } | {"none"}
+
+
 # Health.
 
 
@@ -3844,13 +4832,48 @@ def say(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
     return stop.value.code
 
 
+OPTIONS = {"create-user": ["NAME", "--admin"], "reset-password": ["NAME"], "token": ["NAME", "--scope {read,write}"]}
+OPTIONS |= {"backup": ["FILE"], "restore": ["FILE"], "cleanup": []}
+
+
 def test_help_names_every_command(monkeypatch, capsys):
+    assert app.COMMANDS.keys() == OPTIONS.keys()
     assert say(monkeypatch, "--help") == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in ("create-user", "reset-password", "--reload", "--admin"))
+    assert "--reload" in said
+    assert set(OPTIONS) <= {*said.split()}
 
 
-@pytest.mark.parametrize("arguments", [["dance"], ["create-user"], ["reset-password"], ["--dance"]], ids=" ".join)
+@pytest.mark.parametrize("command", app.COMMANDS)
+def test_each_command_explains_itself(monkeypatch, capsys, command):
+    assert say(monkeypatch, command, "--help") == 0
+    usage, explained, *_ = capsys.readouterr().out.split("\n\n")
+    assert f"app.py {command} " in usage
+    assert all(option in usage for option in OPTIONS[command])
+    assert len(explained.split()) >= 3
+
+
+@pytest.mark.parametrize("command", app.COMMANDS)
+def test_each_command_stands_in_the_readme(command):
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf"app\.py {command}\b", readme)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *[
+            ["dance"],
+            ["--dance"],
+            ["cleanup", "now"],
+            ["token", "alice", "--scope", "admin"],
+            ["token", "--scope", "read"],
+        ],
+        *[[command] for command, options in OPTIONS.items() if options],
+        *[[command, "a", "b"] for command in OPTIONS],
+    ],
+    ids=" ".join,
+)
 def test_an_unknown_command_is_refused(monkeypatch, capsys, arguments):
     assert say(monkeypatch, *arguments) == 2
     assert "usage:" in capsys.readouterr().err
@@ -3877,6 +4900,7 @@ def test_create_user_generates_a_password_when_none_is_typed(program, server):
         pytest.param(["create-user", "a b"], PASSWORD, id="no-name"),
         pytest.param(["create-user", "alice"], "short", id="short-password"),
         pytest.param(["reset-password", "nobody"], PASSWORD, id="no-such-account"),
+        pytest.param(["token", "nobody"], "", id="no-account-for-a-token"),
     ],
 )
 def test_a_refused_command_says_why_in_one_line(program, server, arguments, typed):
@@ -3897,14 +4921,48 @@ def test_create_user_works_before_the_first_start(program):
 
 
 def test_reset_password_ends_sessions_and_streams(program, alice, anonymous):
-    with alice.socket() as live, alice.events() as events:
+    script = alice.script()
+    with alice.socket() as live, alice.events() as events, script.socket("script") as listening:
         code, _, error = program("reset-password", "ALICE").end(typed="another long password\n")
         assert (code, error) == (0, "")
-        assert live.close_code() == 4401
+        assert live.close_code() == listening.close_code() == 4401
         events.end()
     assert everything_of_the_session_is_dead(anonymous, alice.tokens)
+    error_of(script.get("/tasks"), 401)
     error_of(anonymous.post("/auth/login", json={"username": "alice", "password": PASSWORD}), 401)
     anonymous.server.person("alice", "another long password").log_in()
+
+
+@pytest.mark.parametrize(
+    ("options", "scope"), [([], "write"), (["--scope", "read"], "read")], ids=["without-a-scope", "scope-read"]
+)
+def test_token_prints_an_api_token_and_nothing_else(program, server, alice, options, scope):
+    code, said, error = program("token", "ALICE", *options).end()
+    assert (code, error) == (0, "")
+    assert re.fullmatch(r"tsk_[A-Za-z0-9_-]{43}\n", said)  # for TOKEN=$(python app.py token alice)
+    [listed] = alice.get("/auth/api_tokens").json()["data"]
+    assert (listed["scope"], listed["expires_at"], listed["last_used_at"]) == (scope, None, None)
+    script = server.person(headers={"Authorization": f"Bearer {said.strip()}"})
+    assert script.get("/users/me").json() == alice.user
+    assert script.post("/tasks", json={"title": "x"}).status_code == (201 if scope == "write" else 403)
+
+
+def test_cleanup_works_beside_a_running_server(program, alice, bob, clock):
+    alice.trash(alice.create("old"))
+    clock.moment = datetime.now(UTC)
+    later_on = {person: person.log_in().script() for person in (alice, bob)}
+    with bob.socket() as live:
+        code, said, error = program("cleanup").end()
+        assert (code, error) == (0, "")
+        counted = json.loads(said)
+        # Alice and Bob have registered long ago by this clock.
+        assert (counted["sessions"], counted["refresh_tokens"], counted["tasks"]) == (2, 0, 1)
+        assert abs(datetime.fromisoformat(counted["finished_at"]) - clock()) < timedelta(minutes=1)
+        bob.create()
+        assert live.frame()["type"] == "created"
+    assert alice.titles(deleted=True) == []
+    for person in (alice, bob, *later_on.values()):
+        good(person.get("/tasks"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the reloader is ended by a signal")
