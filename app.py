@@ -59,6 +59,7 @@ import asyncio
 import codecs
 import contextlib
 import csv
+import errno
 import functools
 import getpass
 import hashlib
@@ -303,13 +304,16 @@ def within(engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
 
 def copy_database(source: Path, target: Path) -> None:
     """Everything at one moment, beside other work, as one new file. Errors: OSError, sqlite3.Error; then no file."""
-    with contextlib.closing(sqlite3.connect(f"{source.resolve().as_uri()}?mode=ro", uri=True)) as database:
-        target.touch(0o600, exist_ok=False)
+    if target.exists():
+        raise FileExistsError(errno.EEXIST, "File exists")
+    part = target.with_name(f"{target.name}.part").resolve()  # Whoever sees the name sees the whole copy.
+    with contextlib.closing(sqlite3.connect(f"{source.resolve().as_uri()}?mode=ro", uri=True)) as original:
+        part.touch(0o600, exist_ok=False)
         try:
-            database.execute("VACUUM INTO ?", [str(target)])
-        except sqlite3.Error:
-            target.unlink()
-            raise
+            original.execute("VACUUM INTO ?", [str(part)])
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 async def in_thread(pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
@@ -1625,6 +1629,9 @@ async def clean_up() -> None:
     used = await execute(sa.delete(refresh_tokens).where(refresh_tokens.c.expires_at <= moment))
     for (owner_id,) in await fetch(sa.select(tasks.c.owner_id).where(tasks.c.deleted_at <= oldest).distinct()):
         purged += await changing(owner_id, lambda transaction: transaction.purge(oldest))
+    for left_over in settings.data_dir.glob(".copy-*/"):  # By a backup or restore that was killed.
+        if time.time() - left_over.stat().st_mtime > 86400:
+            shutil.rmtree(left_over, ignore_errors=True)
     last_cleanup = {"finished_at": now(), "sessions": ended, "refresh_tokens": used, "tasks": purged}
 
 
@@ -1679,7 +1686,8 @@ def explain(error: Exception, path: str = "") -> ApiError:
         if any(each["type"] == "json_invalid" for each in error.errors()):
             return ApiError(400, "invalid_json", "The body is not valid JSON.")
         return invalid(*complaints(error, 1))
-    if isinstance(error, sa.exc.OperationalError | sa.exc.TimeoutError) or type(error) is sa.exc.DatabaseError:
+    silent = sa.exc.OperationalError | sa.exc.TimeoutError | sqlite3.Error | OSError  # Also a full disk.
+    if isinstance(error, silent) or type(error) is sa.exc.DatabaseError:
         return ApiError(503, "database_unavailable", "The database does not answer; try again.", {"Retry-After": "5"})
     known = {
         400: ("invalid_json", "The body cannot be read."),
@@ -2771,7 +2779,7 @@ async def call_webhook(_admin: AdminUser) -> WebhookTest:
 
 async def backup_copy(_admin: AdminUser) -> AsyncIterator[Path]:
     """A copy of the database that is gone after the answer. Errors: 403 admin_required."""
-    with tempfile.TemporaryDirectory(prefix="backup-", dir=settings.data_dir) as directory:
+    with tempfile.TemporaryDirectory(prefix=".copy-", dir=settings.data_dir) as directory:
         await asyncio.to_thread(copy_database, database.path, copy := Path(directory, "tasks.db"))
         yield copy
 
@@ -2851,32 +2859,41 @@ def serve(reload: bool) -> None:
         return uvicorn.run("app:app", reload=True, app_dir=str(Path(__file__).parent), **options)
 
 
+def let_go(path: Path) -> int:
+    """Take the WAL into a database that nobody has open. Returns its highest seq, 0 if damaged. Errors: SystemExit."""
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=0)) as there:
+            there.execute("PRAGMA journal_mode=DELETE")
+            return int(there.execute("SELECT max(seq) FROM users").fetchone()[0])
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            raise SystemExit("restore: a server has the database open; stop it first") from None
+        return 0
+
+
 def restore(backup: Path) -> str:
     """Put a backup in the place of the database; returns where that is kept. Errors: SystemExit; see `main`.
 
-    Every seq leaps ahead, so that a client which saw a later past is told to synchronise anew.
+    Every seq leaps ahead of all that was ever handed out, so that who saw a later past synchronises anew.
     """
-    database.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="restore-", dir=settings.data_dir) as directory:
+    path = database.path
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".copy-", dir=path.parent) as directory:
         copy_database(backup, copy := Path(directory, "tasks.db"))
+        leap = RESTORE_LEAP * (1 + (let_go(path) if path.exists() else 0) // RESTORE_LEAP)
         engine = sqlite_engine(copy, "BEGIN", 1)
         with engine.begin() as db:
-            ahead = users.c.seq + RESTORE_LEAP
-            db.execute(sa.update(users).values(seq=ahead, purged_seq=ahead))
+            if "users" not in sa.inspect(db).get_table_names():
+                raise SystemExit("restore: FILE is no backup of this program")
             upgrade(db, lambda: backup)
+            db.execute(sa.update(users).values(seq=users.c.seq + leap, purged_seq=users.c.seq + leap))
         engine.dispose()
-        kept = database.path.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db")
-        if database.path.exists():
-            try:
-                with contextlib.closing(sqlite3.connect(database.path, timeout=0)) as there:
-                    there.execute("PRAGMA journal_mode=DELETE")  # Busy while a server has it open; takes the WAL in.
-            except sqlite3.DatabaseError as error:  # Anything else is damage, and what a backup is for.
-                if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-                    raise SystemExit("restore: a server has the database open; stop it first") from None
-            shutil.copy(database.path, kept)
-            for log_file in (database.path.with_name(f"tasks.db-{kind}") for kind in ("wal", "shm")):
-                log_file.unlink(missing_ok=True)
-        copy.replace(database.path)
+        kept = path.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db")
+        if path.exists():
+            shutil.copy(path, kept)
+            for companion in ("tasks.db-wal", "tasks.db-shm"):  # Of a damaged database; they would damage this one.
+                path.with_name(companion).unlink(missing_ok=True)
+        copy.replace(path)
     return f"Done. The database before is kept in {kept}" if kept.exists() else "Done."
 
 
