@@ -2864,11 +2864,13 @@ def let_go(path: Path) -> int:
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=0)) as there:
             there.execute("PRAGMA journal_mode=DELETE")
-            return int(there.execute("SELECT max(seq) FROM users").fetchone()[0])
+            return there.execute("SELECT max(seq) FROM users").fetchone()[0] or 0
     except sqlite3.DatabaseError as error:
-        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-            raise SystemExit("restore: a server has the database open; stop it first") from None
-        return 0
+        code = error.sqlite_errorcode & 0xFF  # The rest tells kinds of the same.
+        if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR):
+            return 0
+        busy = "a server has the database open; stop it first"
+        raise SystemExit(f"restore: {busy if code == sqlite3.SQLITE_BUSY else error}") from None
 
 
 def restore(backup: Path) -> str:
@@ -2891,8 +2893,9 @@ def restore(backup: Path) -> str:
         kept = path.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db")
         if path.exists():
             shutil.copy(path, kept)
-            for companion in ("tasks.db-wal", "tasks.db-shm"):  # Of a damaged database; they would damage this one.
-                path.with_name(companion).unlink(missing_ok=True)
+            for suffix in ("-wal", "-shm"):  # Of a damaged database; they would damage this one.
+                if (companion := Path(f"{path}{suffix}")).exists():
+                    companion.replace(f"{kept}{suffix}")
         copy.replace(path)
     return f"Done. The database before is kept in {kept}" if kept.exists() else "Done."
 
