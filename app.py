@@ -1628,7 +1628,8 @@ async def clean_up() -> None:
     ended = await execute(sa.delete(sessions).where(sessions.c.expires_at <= moment))
     used = await execute(sa.delete(refresh_tokens).where(refresh_tokens.c.expires_at <= moment))
     for (owner_id,) in await fetch(sa.select(tasks.c.owner_id).where(tasks.c.deleted_at <= oldest).distinct()):
-        purged += await changing(owner_id, lambda transaction: transaction.purge(oldest))
+        with contextlib.suppress(ApiError):  # Whoever has left meanwhile has nothing left to purge.
+            purged += await changing(owner_id, lambda transaction: transaction.purge(oldest))
     for left_over in settings.data_dir.glob(".copy-*/"):  # By a backup or restore that was killed.
         if time.time() - left_over.stat().st_mtime > 86400:
             shutil.rmtree(left_over, ignore_errors=True)
@@ -1837,6 +1838,7 @@ class Gateway:
         try:
             await self.app(exchange.scope, exchange.receive, exchange.send)
         except (ClientDisconnect, WebSocketDisconnect):
+            exchange.status = exchange.status or 499  # What proxies call it.
             log.debug("%s the client is gone", exchange.request_id)
         except asyncio.CancelledError:
             await exchange.fail(ApiError(503, "server_stopping", "The server is stopping.", {"Retry-After": "5"}))
@@ -2235,14 +2237,14 @@ async def create_task(user: CurrentUser, body: TaskCreate, reply: Answering, key
     return task
 
 
-FORMULA = re.compile(r"\s*[=+\-@|%\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
+FORMULA = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*[=+\-@|%\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 
 
 def csv_line(task: TaskPublic) -> str:
     """One CSV row; before what a spreadsheet would execute stands an apostrophe. Ref: RFC 4180; OWASP CSV Injection."""
     row, line = task.model_dump(mode="json") | {"completed": str(task.completed).lower()}, io.StringIO()
     cells = (f"'{each}" if isinstance(each, str) and FORMULA.match(each) else each for each in row.values())
-    csv.writer(line).writerow(cells)
+    csv.writer(line, quoting=csv.QUOTE_ALL).writerow(cells)
     return line.getvalue()
 
 
