@@ -306,7 +306,7 @@ def copy_database(source: Path, target: Path) -> None:
     """Everything at one moment, beside other work, as one new file. Errors: OSError, sqlite3.Error; then no file."""
     if target.exists():
         raise FileExistsError(errno.EEXIST, "File exists")
-    part = target.with_name(f"{target.name}.part").resolve()  # Whoever sees the name sees the whole copy.
+    part = target.with_name(f"{target.name}.{secrets.token_hex(4)}").resolve()  # Who sees the name sees all of it.
     with contextlib.closing(sqlite3.connect(f"{source.resolve().as_uri()}?mode=ro", uri=True)) as original:
         part.touch(0o600, exist_ok=False)
         try:
