@@ -2606,9 +2606,9 @@ async def download_attachment(attachment_id: Id, user: CurrentUser, reply: Answe
     reply.tag(f'"{attachment.sha256}"')
     plain, exact = re.sub(r"[^A-Za-z0-9 ._-]", "_", attachment.filename), quote(attachment.filename, safe="")
     headers = {"Content-Disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{exact}"}
-    for (content,) in await fetch(sa.select(attachments.c.content).where(attachments.c.id == attachment_id)):
-        return Response(content, headers=headers | {"ETag": reply.headers["ETag"]}, media_type=attachment.content_type)
-    raise not_found("attachment", attachment_id)
+    whole = sa.select(attachments.c.content).where(attachments.c.id == attachment_id)
+    content = await database.read(lambda db: find_attachment(db, attachment_id, user.id) and db.scalar(whole))
+    return Response(content, headers=headers | {"ETag": reply.headers["ETag"]}, media_type=attachment.content_type)
 
 
 @files.delete("/{attachment_id}", status_code=204)
@@ -2896,8 +2896,7 @@ def restore(backup: Path) -> str:
         if path.exists():
             shutil.copy(path, kept)
             for suffix in ("-wal", "-shm"):  # Of a damaged database; they would damage this one.
-                if (companion := Path(f"{path}{suffix}")).exists():
-                    companion.replace(f"{kept}{suffix}")
+                Path(f"{path}{suffix}").unlink(missing_ok=True)
         copy.replace(path)
     return f"Done. The database before is kept in {kept}" if kept.exists() else "Done."
 
