@@ -7,15 +7,15 @@ Sections
    1  Settings             every knob, read from the environment and .env, checked at start
    2  Errors               one shape for every error, raised through small factories
    3  Database             SQLite: readers that cannot write, one writer, durable commits
-   4  Tables               users, sessions, refresh tokens, tasks
+   4  Tables               users, sessions, refresh tokens, tasks, attachments
    5  Schemas              what comes in and what goes out
-   6  Passwords and tokens pure functions: bcrypt, JWT, opaque tokens
+   6  Passwords and tokens bcrypt, JWT, opaque tokens: functions that know nothing of HTTP
    7  Dependencies         who asks, which task, under which conditions
    8  Rate limits          SlowAPI's moving windows, counted before a body is read
    9  Live updates         the one number per user, and the streams that follow it
   10  Application          lifespan, the outermost ASGI layer, error handlers
-  11  Routes               auth, users, tasks, live, admin, health
-  12  Command line         serve, create-user, reset-password
+  11  Routes               auth, users, tasks, attachments, live, admin, health
+  12  Command line         serve, accounts and tokens, backup and restore, clean-up
 
 Notation
    seq       a counter in every user's row. Whatever changes what a user sees of their tasks takes the
@@ -59,7 +59,6 @@ import asyncio
 import codecs
 import contextlib
 import csv
-import errno
 import functools
 import getpass
 import hashlib
@@ -85,7 +84,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, get_args
 from urllib.parse import quote, urlencode
 
 import bcrypt
@@ -127,9 +126,11 @@ NEVER = datetime(9999, 12, 31, tzinfo=UTC)
 MAX_ID = 2**63 - 1  # SQLite and PostgreSQL integers end here; one more is an OverflowError in the driver.
 
 log = logging.getLogger("onefile_tasks")
+Row = sa.Row[Any]
 T = TypeVar("T")
 Item = TypeVar("Item", bound=SQLModel)
 
+# What /metrics shows; each is counted where it happens.
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 REQUESTS = prometheus_client.Counter("http_requests", "Requests answered.", ["method", "route", "status"])
 LATENCY = prometheus_client.Histogram("http_request_duration_seconds", "Until the answer began.", ["method", "route"])
@@ -206,7 +207,7 @@ class Settings(BaseSettings):
 
 
 def valid_or_exit(make: Callable[[], T], name: str = "") -> T:
-    """What no request brought. Errors: SystemExit with one line that names what is wrong, never its value."""
+    """What no request brought. Errors: SystemExit with one line that names what is wrong, and shows no secret."""
     try:
         return make()
     except ValidationError as error:
@@ -283,9 +284,9 @@ def resync_required() -> ApiError:
 
 def sqlite_engine(path: Path, begin: str, pool_size: int, *pragmas: str) -> sa.Engine:
     """An engine on one file: connections are configured by `pragmas`, transactions start with `begin`."""
-    options: Any = {"connect_args": {"isolation_level": None}, "hide_parameters": True}  # A log is no place for them.
-    url = sa.URL.create("sqlite", database=str(path))
-    engine = sa.create_engine(url, pool_size=pool_size, max_overflow=0, **options)
+    # Parameters are hidden because a log is no place for them.
+    options: Any = {"connect_args": {"isolation_level": None}, "hide_parameters": True, "max_overflow": 0}
+    engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), pool_size=pool_size, **options)
 
     @sa.event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: object) -> None:
@@ -305,7 +306,7 @@ def within(engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
 def copy_database(source: Path, target: Path) -> None:
     """Everything at one moment, beside other work, as one new file. Errors: OSError, sqlite3.Error; then no file."""
     if target.exists():
-        raise FileExistsError(errno.EEXIST, "File exists")
+        raise FileExistsError("File exists")
     part = target.with_name(f"{target.name}.{secrets.token_hex(4)}").resolve()  # Who sees the name sees all of it.
     with contextlib.closing(sqlite3.connect(f"{source.resolve().as_uri()}?mode=ro", uri=True)) as original:
         part.touch(0o600, exist_ok=False)
@@ -336,9 +337,9 @@ class Database:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path.touch(0o600)
         self.watcher = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
-        self.reader = sqlite_engine(self.path, "BEGIN", 4, "query_only=ON")
+        self.read_engine = sqlite_engine(self.path, "BEGIN", 4, "query_only=ON")
         # FULL: an acknowledged write survives a power cut, not only a crash of this process.
-        self.writer = sqlite_engine(self.path, "BEGIN IMMEDIATE", 1, "synchronous=FULL")
+        self.write_engine = sqlite_engine(self.path, "BEGIN IMMEDIATE", 1, "synchronous=FULL")
 
     def keep_copy(self) -> Path:
         """A copy beside the database, named after the moment."""
@@ -355,22 +356,22 @@ class Database:
     def close(self) -> None:
         """Close every connection."""
         self.watcher.close()
-        self.reader.dispose()
-        self.writer.dispose()
+        self.read_engine.dispose()
+        self.write_engine.dispose()
 
     async def read(self, work: Callable[[sa.Connection], T]) -> T:
         """A snapshot: everything that `work` reads is of one moment."""
-        return await in_thread(self.readers, within, self.reader, work)
+        return await in_thread(self.readers, within, self.read_engine, work)
 
     async def write(self, work: Callable[[sa.Connection], T]) -> T:
         """A transaction: committed before this returns, and so before any answer leaves, or rolled back."""
-        return await in_thread(self.writers, within, self.writer, work)
+        return await in_thread(self.writers, within, self.write_engine, work)
 
 
 database = Database()
 
 
-async def fetch(statement: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+async def fetch(statement: sa.Select[Any]) -> Sequence[Row]:
     """All rows of one query."""
     return await database.read(lambda db: db.execute(statement).all())
 
@@ -398,7 +399,7 @@ Priority = Literal["low", "medium", "high"]
 
 
 class Answer(SQLModel):
-    """The base of everything that leaves: the string under a field is its description in /docs."""
+    """The base of tables, answers and queries: the string under a field is its description in /docs."""
 
     model_config = {"use_attribute_docstrings": True}
     __table_args__: Any = {"sqlite_autoincrement": True}
@@ -519,7 +520,6 @@ public_task = [tasks.c[name] for name in TaskPublic.model_fields]
 public_attachment = [attachments.c[name] for name in AttachmentPublic.model_fields]
 
 SCHEMA_VERSION = 2
-RESTORE_LEAP = 2**20
 
 
 def upgrade(db: sa.Connection, keep_copy: Callable[[], Path]) -> None:
@@ -585,7 +585,7 @@ def parse_time(value: object) -> datetime:
         raise ValueError("must be a moment between the years 1 and 9999") from None
 
 
-def username(text: str) -> str:
+def valid_username(text: str) -> str:
     """NFKC, then 3–50 letters and digits of any script, `.`, `_`, `-`. Errors: ValueError."""
     name = unicodedata.normalize("NFKC", text)
     if not 3 <= len(name) <= 50 or not all(each in "._-" or unicodedata.category(each)[0] in "LMN" for each in name):
@@ -612,7 +612,7 @@ Text = Annotated[str, Storable]
 Time = Annotated[datetime, BeforeValidator(parse_time, json_schema_input_type=str)]
 Title = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200), Storable]
 Description = Annotated[str, StringConstraints(max_length=10_000), Storable]
-Username = Annotated[str, Storable, AfterValidator(username)]
+Username = Annotated[str, Storable, AfterValidator(valid_username)]
 Password = Annotated[str, StringConstraints(min_length=8, max_length=256), Storable, AfterValidator(uncommon)]
 a_username, a_password = pydantic.TypeAdapter(Username), pydantic.TypeAdapter(Password)
 Email = Annotated[str, StringConstraints(max_length=254, pattern=r"^[^@\s]+@[^@\s]+$"), Storable]
@@ -769,9 +769,8 @@ class TaskCreate(TaskUpdate):
 
     title: Title
 
-    def values(self) -> dict[str, Any]:
-        """Every column that a caller may write."""
-        return {"description": None, "status": "todo", "priority": "medium", "due_date": None} | super().values()
+
+TASK_DEFAULTS = {"description": None, "status": "todo", "priority": "medium", "due_date": None}
 
 
 class TaskImport(TaskCreate):
@@ -787,10 +786,6 @@ class TaskImport(TaskCreate):
         if not isinstance(data, dict):
             return data
         return {name: data[name] for name in data if name in cls.model_fields or name not in TaskPublic.model_fields}
-
-    def values(self) -> dict[str, Any]:
-        """Every column that a line may bring, and all the same ones."""
-        return {"created_at": now(), "completed_at": None} | super().values()
 
 
 class Imported(Answer):
@@ -850,10 +845,9 @@ class AdminTaskQuery(TaskQuery):
     owner_id: Annotated[int, pydantic.Field(ge=1, le=MAX_ID)] | None = None
 
 
-class Changes(Answer):
+class Changes(Collection[TaskPublic]):
     """Changed tasks and tombstones, oldest change first."""
 
-    data: list[TaskPublic]
     next_since: int | str
     """Pass it back as `since`, as it is."""
     has_more: bool
@@ -913,8 +907,8 @@ class Error(Answer):
 
 
 # ── 6 Passwords and tokens ──────────────────────────────────────────────────────────────────────
-# Pure functions. A password is stored as bcrypt, slow on purpose; a token is 256 random bits, which
-# nobody guesses, so SHA-256 is enough to make a stolen database useless.
+# Functions that know nothing of HTTP. A password is stored as bcrypt, slow on purpose; a token is 256
+# random bits, which nobody guesses, so SHA-256 is enough to make a stolen database useless.
 
 API_TOKEN_PREFIX = "tsk_"  # noqa: S105
 BCRYPT_COST = 12
@@ -974,15 +968,13 @@ def decode_access_token(token: str) -> tuple[int, int, datetime] | None:
 # A route's signature reads as a list of requirements: CurrentUser, AdminUser, OwnedTask, TaskEdit.
 # Who asks is found out once, before the body is read (section 8); these only insist on it.
 
-Row = sa.Row[Any]
-labels = {"id": "session_id", "created_at": "session_created_at", "expires_at": "session_expires_at", "scope": "scope"}
-session_columns = [sessions.c[name].label(label) for name, label in labels.items()]
-principals = sa.select(users, *session_columns).join_from(sessions, users)
+session_columns = [sessions.c[name].label(f"session_{name}") for name in ("id", "created_at", "expires_at")]
+principals = sa.select(users, sessions.c.scope, *session_columns).join_from(sessions, users)
 """Users joined with their sessions: the one query that says who somebody is."""
 logins = sessions.c.token_hash.is_(None)
 """The sessions that are no API tokens."""
 MEMORY_ENTRIES, MEMORY_BYTES = 1000, 32 * 1024
-authenticated: dict[str, tuple[int, Row | None, datetime]] = {}
+authenticated: dict[str, tuple[int, Row, datetime]] = {}
 """Authorization header: the database's version, whom it names, until when. Exact until anything is committed."""
 last_used: dict[int, datetime] = {}
 """Uses of sessions that note_uses has not written down yet."""
@@ -998,16 +990,21 @@ def still(user: Row) -> sa.ColumnElement[bool]:
     return sa.and_(users.c.id == user.id, sa.exists().where(sessions.c.id == user.session_id, alive()))
 
 
-def insist(db: sa.Connection, user: Row) -> None:
-    """In a write: who asked is logged in still, and with the same role. Errors: 401."""
-    if db.scalar(sa.select(users.c.id).where(still(user), users.c.role == user.role)) is None:
-        raise unauthorized()
+async def write_as(user: Row, work: Callable[[sa.Connection], T]) -> T:
+    """A write, if its turn finds who asked still logged in, and with the same role. Errors: 401."""
+
+    def guarded(db: sa.Connection) -> T:
+        if db.scalar(sa.select(users.c.id).where(still(user), users.c.role == user.role)) is None:
+            raise unauthorized()
+        return work(db)
+
+    return await database.write(guarded)
 
 
 async def look_up(authorization: str) -> tuple[Row | None, datetime]:
     """Whom an Authorization header names, joined with their session, and until when."""
     scheme, _, token = authorization.partition(" ")
-    token, end = token.strip(), NEVER
+    token, end = token.strip() if scheme.lower() == "bearer" else "", NEVER
     if token.startswith(API_TOKEN_PREFIX):
         this = sessions.c.token_hash == token_hash(token)
     elif claims := decode_access_token(token):
@@ -1015,9 +1012,8 @@ async def look_up(authorization: str) -> tuple[Row | None, datetime]:
         this = (users.c.id == user_id) & (sessions.c.id == session_id)
     else:
         return None, end
-    for user in await fetch(principals.where(this, alive())) if scheme.lower() == "bearer" else ():
-        return user, min(end, user.session_expires_at)
-    return None, end
+    user = next(iter(await fetch(principals.where(this, alive()))), None)
+    return user, min(end, user.session_expires_at) if user else end
 
 
 def remember(memory: dict[Any, Any], key: object, value: object) -> None:
@@ -1158,7 +1154,7 @@ def bucket_key(scope: Scope, user: Row | None) -> str:
     return f"user {user.id}" if user else address_key(client_address(scope))
 
 
-limiter = Limiter(lambda request: bucket_key(request.scope, None), strategy="moving-window")
+limiter = Limiter(client_address, strategy="moving-window")  # Only its windows are used; the keys are ours.
 
 
 def window(name: str, key: str) -> tuple[int, float, dict[str, str]]:
@@ -1174,8 +1170,8 @@ def rate_limited(name: str, key: str) -> ApiError:
     RATE_LIMITED.inc()
     _, reset, headers = window(name, key)
     seconds = max(1, ceil(reset - time.time()))
-    message = f"Too many requests. Try again in {seconds} s."
-    return ApiError(429, "rate_limited", message, headers | {"Retry-After": str(seconds)})
+    headers["Retry-After"] = str(seconds)
+    return ApiError(429, "rate_limited", f"Too many requests. Try again in {seconds} s.", headers)
 
 
 def enforce(scope: Scope, buckets: dict[str, str]) -> None:
@@ -1185,18 +1181,33 @@ def enforce(scope: Scope, buckets: dict[str, str]) -> None:
     for name, key in buckets.items():
         if not limiter.limiter.hit(getattr(settings, f"rate_limit_{name}"), name, key):
             raise rate_limited(name, key)
-    tightest = min((window(*bucket) for bucket in buckets.items()), key=lambda found: found[0])
-    scope["state"]["headers"] = tightest[2]
+    _, _, scope["state"]["headers"] = min((window(*bucket) for bucket in buckets.items()), key=lambda found: found[0])
 
 
 answers: dict[Any, tuple[int, bytes, dict[str, str]]] = {}
-"""(user id, path, query) of what carries an ETag: its seq, body, headers. Exact as long as its user's seq stays."""
+"""(user id, path, query) of what carries an ETag: its seq, body, headers."""
+
+
+async def recalled(request: Request, user: Row, handle: Callable[[Request], Coroutine[Any, Any, Response]]) -> Response:
+    """The answer to a GET: what was right at this seq of its user is right as long as the seq stays. Errors: 304."""
+    url = user.id, request.scope["path"], request.scope["query_string"]
+    seq, body, headers = answers.get(url, (-1, b"", {}))
+    if seq == user.seq:
+        reply = Reply(request, Response(body, headers=headers))
+        reply.tag(reply.headers["ETag"])
+        return reply.response
+    response = await handle(request)
+    body = getattr(response, "body", b"")
+    if "etag" in response.headers and len(body) <= MEMORY_BYTES:
+        remember(answers, url, (user.seq, body, dict(response.headers)))
+    return response
 
 
 class Route(APIRoute):
     """Every route of the API: who asks, the count, the query's names and the media type come before the body."""
 
     # openapi_extra={"x-rate-limit": "login"} counts a route against RATE_LIMIT_LOGIN too, per address; "none" frees it.
+    # A "requestBody" there is one that the route reads itself: see raw_body in section 11.
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler, guarded. Errors: 415; 422 unknown query parameter; 429. Ref: RFC 9110 §15.5.16."""
@@ -1204,6 +1215,7 @@ class Route(APIRoute):
         elsewhere = params.Path, params.Header
         known = {p.alias for p in get_flat_params(self.dependant) if not isinstance(p.field_info, elsewhere)}
         bucket, extra = "read" if self.methods == {"GET"} else "write", described.get("x-rate-limit")
+        # No API token gets past these: a leaked one shall not make others, or lock its owner out.
         walls = (f"{API}/auth", f"{API}/admin") + ((f"{API}/users",) if bucket == "write" else ())
         types, hint = r"application/(.+\+)?json", "JSON: curl --json, or Content-Type: application/json"
         if self.body_field and isinstance(self.body_field.field_info, params.Form):
@@ -1224,21 +1236,11 @@ class Route(APIRoute):
                 raise ApiError(403, "insufficient_scope", "This API token may not do that.", header)
             if not request.query_params.keys() <= known:
                 raise invalid(("query", f"has an unknown parameter; known are: {', '.join(sorted(known)) or 'none'}"))
-            url = (user.id, request.scope["path"], request.scope["query_string"]) if user and bucket == "read" else None
-            seq, body, headers = answers.get(url, (-1, b"", {}))
-            if user and seq == user.seq:
-                reply = Reply(request, Response(body, headers=headers))
-                reply.tag(reply.headers["ETag"])
-                return reply.response
             media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
             if (upload or (self.body_field and has_body)) and not re.fullmatch(types, media_type):
                 raise ApiError(415, "unsupported_media_type", f"Send {hint}.")
-            response = await handle(request)
-            body = getattr(response, "body", b"")
-            if user and url and "etag" in response.headers and len(body) <= MEMORY_BYTES:
-                remember(answers, url, (user.seq, body, dict(response.headers)))
-            return response
+            return await (recalled(request, user, handle) if user and bucket == "read" else handle(request))
 
         return _guarded
 
@@ -1266,7 +1268,7 @@ class Change(NamedTuple):
     text: str
 
 
-def change_of(task: TaskPublic, kind: str) -> Change:
+def change_of(task: TaskPublic, kind: str = "updated") -> Change:
     """A task as the change that left it so, encoded once for all streams."""
     kind = "deleted" if task.deleted_at else kind
     return Change(task.version, kind, f'{{"type":"{kind}","seq":{task.version},"task":{task.model_dump_json()}}}')
@@ -1299,9 +1301,8 @@ def some(db: sa.Connection, statement: sa.Select[Any], limit: int = BATCH) -> tu
 async def changes_after(user_id: int, since: int, limit: int = BATCH) -> Marks:
     """`version > since ORDER BY version`, deletions included, in one snapshot. Errors: 401 if the user is gone."""
     this = sa.select(users.c.seq, users.c.purged_seq).where(users.c.id == user_id)
-    changed = sa.select(*public_task).where(tasks.c.owner_id == user_id, tasks.c.version > since)
-    ordered = changed.order_by(tasks.c.version)
-    user, found = await database.read(lambda db: (db.execute(this).one_or_none(), some(db, ordered, limit)))
+    news = sa.select(*public_task).where(tasks.c.owner_id == user_id, tasks.c.version > since).order_by(tasks.c.version)
+    user, found = await database.read(lambda db: (db.execute(this).one_or_none(), some(db, news, limit)))
     if user is None:
         raise unauthorized()
     return Marks(*user, *found)
@@ -1316,43 +1317,32 @@ class Feed:
         self.reads: dict[int, asyncio.Task[tuple[Marks, list[Change]]]] = {}
         self.last = 0
 
-    def publish(self, change: Change) -> None:
-        """Append what a commit did."""
-        if change.seq == self.last + 1:
-            self.ring.append(change)
-            self.last = change.seq
-        self.observe(change.seq)
-
-    def observe(self, seq: int) -> None:
-        """The user is at `seq`; after a gap (another process wrote) the ring starts anew. Wakes the streams."""
+    def observe(self, seq: int, changes: Sequence[Change] = ()) -> None:
+        """The user is at `seq`, by these changes; a gap (another process wrote) empties the ring. Wakes the streams."""
+        for change in changes:
+            if change.seq == self.last + 1:
+                self.ring.append(change)
+                self.last = change.seq
         if seq > self.last:
             self.ring.clear()
             self.last = seq
         for stream in self.streams:
             stream.wake.set()
 
-    async def read(self, user_id: int, cursor: int) -> tuple[Marks, list[Change]]:
-        """What followed a cursor, encoded beside the event loop."""
-        marks = await changes_after(user_id, cursor)
-        return marks, await in_thread(database.readers, lambda: [change_of(task, "updated") for task in marks.tasks])
-
     async def after(self, user_id: int, cursor: int) -> tuple[Marks, list[Change]]:
-        """The same, once for all streams that ask for it while it is read."""
+        """What followed a cursor, read and encoded once for all streams that ask for it meanwhile."""
+
+        async def read() -> tuple[Marks, list[Change]]:
+            marks = await changes_after(user_id, cursor)
+            return marks, await in_thread(database.readers, lambda: list(map(change_of, marks.tasks)))
+
         if cursor not in self.reads:
-            self.reads[cursor] = asyncio.create_task(self.read(user_id, cursor))
+            self.reads[cursor] = asyncio.create_task(read())
             self.reads[cursor].add_done_callback(lambda _: self.reads.pop(cursor))
         return await asyncio.shield(self.reads[cursor])
 
 
 feeds: dict[int, Feed] = {}
-
-
-def live_connections() -> int:
-    """How many streams are open."""
-    return sum(len(feed.streams) for feed in feeds.values())
-
-
-LIVE_CONNECTIONS.set_function(live_connections)
 
 
 class Stream:
@@ -1398,6 +1388,14 @@ class Stream:
                     yield Change(self.cursor, "idle", "")
 
 
+def all_streams() -> list[Stream]:
+    """The open streams of every user, in this process."""
+    return [stream for feed in feeds.values() for stream in feed.streams]
+
+
+LIVE_CONNECTIONS.set_function(lambda: len(all_streams()))
+
+
 @contextlib.asynccontextmanager
 async def open_stream(user: Row, since: int | None, client_id: str | None = None) -> AsyncIterator[Stream]:
     """A registered stream; it replaces the user's other one with the same client_id. Errors: 401."""
@@ -1407,7 +1405,7 @@ async def open_stream(user: Row, since: int | None, client_id: str | None = None
     feed.streams.add(stream)
     try:
         # Registered first, looked second: a commit in between is noticed by one or the other.
-        marks = await changes_after(user.id, MAX_ID)
+        marks = await changes_after(user.id, MAX_ID)  # No task is past that: only the user's numbers.
         feed.observe(marks.seq)
         stream.stale = since is not None and marks.stale(since)
         stream.cursor = marks.seq if since is None or stream.stale else since
@@ -1421,80 +1419,14 @@ async def open_stream(user: Row, since: int | None, client_id: str | None = None
 
 async def look_around() -> None:
     """Close the streams whose session has ended, and notice what other processes have written."""
-    streams = [stream for feed in feeds.values() for stream in feed.streams]
+    streams = all_streams()
     wanted = sessions.c.id.in_({stream.session_id for stream in streams})
     seqs = {row.session_id: row.seq for row in await fetch(principals.where(wanted, alive()))} if streams else {}
     for stream in streams:
         if stream.session_id not in seqs:
             stream.close(4401, "the session has ended")
-        elif (feed := feeds.get(stream.user_id, Feed())).last < seqs[stream.session_id]:
+        elif (feed := feeds.get(stream.user_id)) and feed.last < seqs[stream.session_id]:
             feed.observe(seqs[stream.session_id])
-
-
-class Transaction:
-    """A change of one user's tasks, at the seqs that it took."""
-
-    def __init__(self, db: sa.Connection, user_id: int, last: int, count: int) -> None:
-        self.db, self.user_id, self.last = db, user_id, last
-        self.seqs = iter(range(last - count + 1, last + 1))
-        self.written: list[tuple[TaskPublic, str]] = []
-
-    def complete(self, columns: dict[str, Any]) -> dict[str, Any]:
-        """The columns of a task with all that follows from them, at the next seq."""
-        moment, done = now(), columns["status"] == "done"
-        completed_at = (columns.get("completed_at") or moment) if done else None
-        search_text = folded(f"{columns['title']}\x1f{columns['description'] or ''}")
-        derived = {"completed": done, "completed_at": completed_at, "search_text": search_text}
-        return columns | derived | {"version": next(self.seqs), "updated_at": moment}
-
-    def write(self, kind: str, statement: Any, rows: list[dict[str, Any]] | None = None) -> list[TaskPublic]:
-        """Run an INSERT or UPDATE, and keep what it wrote for those who follow it."""
-        found = self.db.execute(statement.returning(*public_task), rows)
-        written = sorted((TaskPublic(**row._mapping) for row in found), key=lambda task: task.version)
-        self.written += [(task, kind) for task in written]
-        return written
-
-    def create(self, *rows: dict[str, Any]) -> list[TaskPublic]:
-        """New tasks, a seq for each."""
-        new = {"owner_id": self.user_id, "attachments": 0, "created_at": now()}
-        return self.write("created", sa.insert(tasks), [self.complete(new | row) for row in rows])
-
-    def update(self, before: TaskPublic, values: dict[str, Any]) -> TaskPublic:
-        """New values of one task."""
-        columns = self.complete(before.model_dump() | values)
-        return self.write("updated", sa.update(tasks).where(tasks.c.id == before.id).values(columns))[0]
-
-    def purge(self, until: datetime) -> int:
-        """Delete the trash up to a moment for good, and remember the highest seq removed. Returns how many."""
-        old = (tasks.c.owner_id == self.user_id) & (tasks.c.deleted_at <= until)
-        highest = self.db.scalar(sa.select(sa.func.max(tasks.c.version)).where(old))
-        if highest is not None:
-            behind = (users.c.id == self.user_id) & (users.c.purged_seq < highest)
-            self.db.execute(sa.update(users).where(behind).values(purged_seq=highest))
-        return self.db.execute(sa.delete(tasks).where(old)).rowcount
-
-
-async def changing(user_id: int, work: Callable[[Transaction], T], who: Any = True, count: int = 1) -> T:
-    """Take the user's next seqs, do the work, commit, then tell streams and webhook. Errors: 401 if they are gone."""
-    step = sa.update(users).where(users.c.id == user_id, who).values(seq=users.c.seq + count).returning(users.c.seq)
-
-    def transact(db: sa.Connection) -> tuple[T, Transaction, list[Change]]:
-        seq = db.scalar(step)
-        if seq is None:
-            raise unauthorized()
-        transaction = Transaction(db, user_id, seq, count)
-        result, wanted = work(transaction), settings.webhook_url or user_id in feeds
-        return result, transaction, [change_of(*written) for written in transaction.written if wanted]
-
-    result, transaction, changes = await database.write(transact)
-    TASKS_WRITTEN.inc(len(transaction.written))
-    for change in changes if settings.webhook_url else ():
-        outbox.offer(change.text)
-    if feed := feeds.get(user_id):
-        for change in changes if transaction.written else [Change(transaction.last, "purged", "")]:
-            feed.publish(change)
-        feed.observe(transaction.last)
-    return result
 
 
 class Outbox:
@@ -1543,6 +1475,70 @@ class Outbox:
 
 outbox = Outbox()
 
+
+class Transaction:
+    """A change of one user's tasks, at the seqs that it took."""
+
+    def __init__(self, db: sa.Connection, user_id: int, last: int, count: int) -> None:
+        self.db, self.user_id, self.last = db, user_id, last
+        self.seqs = iter(range(last - count + 1, last + 1))
+        self.written: list[tuple[TaskPublic, str]] = []
+
+    def complete(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """The columns of a task with all that follows from them, at the next seq."""
+        moment, done = now(), columns["status"] == "done"
+        completed_at = (columns.get("completed_at") or moment) if done else None
+        search_text = folded(f"{columns['title']}\x1f{columns['description'] or ''}")
+        derived = {"completed": done, "completed_at": completed_at, "search_text": search_text}
+        return columns | derived | {"version": next(self.seqs), "updated_at": moment}
+
+    def write(self, kind: str, statement: Any, rows: list[dict[str, Any]] | None = None) -> list[TaskPublic]:
+        """Run an INSERT or UPDATE, and keep what it wrote for those who follow it."""
+        found = self.db.execute(statement.returning(*public_task), rows)
+        written = sorted((TaskPublic(**row._mapping) for row in found), key=lambda task: task.version)
+        self.written += [(task, kind) for task in written]
+        return written
+
+    def create(self, *rows: dict[str, Any]) -> list[TaskPublic]:
+        """New tasks, a seq for each."""
+        new = TASK_DEFAULTS | {"owner_id": self.user_id, "attachments": 0, "created_at": now()}
+        return self.write("created", sa.insert(tasks), [self.complete(new | row) for row in rows])
+
+    def update(self, before: TaskPublic, values: dict[str, Any]) -> TaskPublic:
+        """New values of one task."""
+        columns = self.complete(before.model_dump() | values)
+        return self.write("updated", sa.update(tasks).where(tasks.c.id == before.id).values(columns))[0]
+
+    def purge(self, until: datetime) -> int:
+        """Delete the trash up to a moment for good, and remember the highest seq removed. Returns how many."""
+        old = (tasks.c.owner_id == self.user_id) & (tasks.c.deleted_at <= until)
+        highest = sa.select(sa.func.max(tasks.c.version)).where(old).scalar_subquery()
+        behind = (users.c.id == self.user_id) & (users.c.purged_seq < highest)  # Nobody is behind an empty trash.
+        self.db.execute(sa.update(users).where(behind).values(purged_seq=highest))
+        return self.db.execute(sa.delete(tasks).where(old)).rowcount
+
+
+async def changing(user_id: int, work: Callable[[Transaction], T], who: Any = True, count: int = 1) -> T:
+    """Take the user's next seqs, do the work, commit, then tell streams and webhook. Errors: 401 if they are gone."""
+    step = sa.update(users).where(users.c.id == user_id, who).values(seq=users.c.seq + count).returning(users.c.seq)
+
+    def transact(db: sa.Connection) -> tuple[T, Transaction, list[Change]]:
+        seq = db.scalar(step)
+        if seq is None:
+            raise unauthorized()
+        transaction = Transaction(db, user_id, seq, count)
+        result, wanted = work(transaction), settings.webhook_url or user_id in feeds
+        return result, transaction, [change_of(*written) for written in transaction.written if wanted]
+
+    result, transaction, changes = await database.write(transact)
+    TASKS_WRITTEN.inc(len(transaction.written))
+    for change in changes if settings.webhook_url else ():
+        outbox.offer(change.text)
+    if feed := feeds.get(user_id):
+        feed.observe(transaction.last, changes if transaction.written else [Change(transaction.last, "purged", "")])
+    return result
+
+
 # ── 10 Application ──────────────────────────────────────────────────────────────────────────────
 # Start-up happens inside one write transaction, so that several processes may start at once. Around
 # everything lies one ASGI layer of ours: FastAPI's handlers run inside its middleware and never see each
@@ -1574,9 +1570,9 @@ class LogFormatter(logging.Formatter):
         moment = now().isoformat(timespec="milliseconds").replace("+00:00", "Z")
         if settings.log_format == "text":
             return f"{moment} {super().format(record)}"
-        trace = {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
+        failure = {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
         fields = getattr(record, "fields", {"message": record.getMessage()})
-        return json.dumps({"time": moment, "level": record.levelname.lower()} | fields | trace)
+        return json.dumps({"time": moment, "level": record.levelname.lower()} | fields | failure)
 
 
 def load_secret(path: Path) -> SecretStr:
@@ -1607,7 +1603,7 @@ def open_database() -> None:
     password = valid_or_exit(lambda: a_password.validate_python(given or new_token()), "ADMIN_PASSWORD")
     try:
         database.open()
-        with database.writer.begin() as db:
+        with database.write_engine.begin() as db:
             upgrade(db, database.keep_copy)
             settings.secret_key = load_secret(settings.data_dir / "secret_key")
             first_start = db.scalar(sa.select(sa.func.count()).select_from(users)) == 0
@@ -1646,12 +1642,12 @@ async def every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -
             log.exception("background work failed")
 
 
-def end_streams(server: Any = None, *event: Any) -> None:
-    """Before the `server`'s own handler of a signal, which would wait for the streams. Ref: RFC 6455 §7.4.1."""
-    for stream in [stream for feed in feeds.values() for stream in feed.streams]:
+def end_streams(handler: Any = None, *event: Any) -> None:
+    """At the end, or at a signal before its own `handler`, which would wait for them. Ref: RFC 6455 §7.4.1."""
+    for stream in all_streams():
         stream.close(1001, "the server is going away")
-    if callable(server):
-        server(*event)
+    if callable(handler):
+        handler(*event)
 
 
 @contextlib.asynccontextmanager
@@ -1725,8 +1721,8 @@ class CrossOrigin(CORSMiddleware):
 
 def cross_origin(app: ASGIApp) -> ASGIApp:
     """The same app, open to the pages of CORS_ORIGINS."""
-    origins, every = settings.cors_origins.replace(" ", "").split(","), ["*"]
-    return CrossOrigin(app, origins, every, every, expose_headers=EXPOSED) if settings.cors_origins else app
+    origins, any_one = settings.cors_origins.replace(" ", "").split(","), ["*"]
+    return CrossOrigin(app, origins, any_one, any_one, expose_headers=EXPOSED) if settings.cors_origins else app
 
 
 class SlowClient(Exception):
@@ -1738,6 +1734,7 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.method, self.path, self.raw_send = scope.get("method", "WEBSOCKET"), scope["path"], send
+        # Not of ASGI: uvicorn's receive is a method of the connection's cycle, which knows its transport.
         self.raw_receive, self.transport = receive, getattr(getattr(receive, "__self__", None), "transport", None)
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         self.request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else secrets.token_hex(8)
@@ -1766,7 +1763,7 @@ class Exchange:
         """Put id, limits and policies on the head, end a HEAD without its body."""
         if self.complete:
             return
-        self.status = message.get("status") or message.get("code") or self.status or 101
+        self.status = message.get("status") or message.get("code") or self.status or 101  # A socket is accepted.
         if message["type"] in ("http.response.start", "websocket.accept"):
             LATENCY.labels(self.method, self.state["route"]).observe(time.perf_counter() - self.began)
             for name, value in {"X-Request-ID": self.request_id, **SECURITY_HEADERS, **self.state["headers"]}.items():
@@ -1877,6 +1874,18 @@ app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxie
 auth = router(prefix=f"{API}/auth", tags=["auth"])
 
 
+def try_password(account: str | None, password: str, password_hash: str | None) -> bool:
+    """Compare, and count a failure against an account. Nobody's password costs the same hash. Errors: 429."""
+    limit, spent = settings.rate_limit_account, limiter.limiter
+    if account and not spent.test(limit, "account", account):
+        raise rate_limited("account", account)
+    matches = password_matches(password, password_hash) if password_hash else not hash_password(password)
+    FAILED_LOGINS.inc(not matches)
+    if account and not matches and not spent.hit(limit, "account", account):
+        raise rate_limited("account", account)
+    return matches
+
+
 class TokenIssuer:
     """What every route that checks a password or hands out tokens needs; its answer is kept by no cache."""
 
@@ -1888,15 +1897,12 @@ class TokenIssuer:
         """The first tokens of a new session, or the next ones of a session, which lives 180 days in all."""
         moment, token = now(), new_token()
         created_at = session.session_created_at if session else moment
-        idle_until = moment + timedelta(days=settings.refresh_token_days)
-        expiry = {"expires_at": min(idle_until, created_at + timedelta(days=SESSION_DAYS))}
+        end = min(moment + timedelta(days=settings.refresh_token_days), created_at + timedelta(days=SESSION_DAYS))
         values = {"address": self.address, "user_agent": self.agent, "last_used_at": moment, "created_at": created_at}
-        this = sessions.c.id == (session and session.session_id)
-        written: Any = sa.update(sessions).where(this) if session else sa.insert(sessions)
-        row = db.execute(written.values(user_id=user_id, **values, **expiry).returning(sessions.c.id))
-        session_id = row.scalar_one()
-        kept = {"session_id": session_id, "token_hash": token_hash(token)} | expiry
-        db.execute(sa.insert(refresh_tokens).values(kept))
+        step: Any = sa.update(sessions).where(sessions.c.id == session.session_id) if session else sa.insert(sessions)
+        session_id = db.scalar(step.values(user_id=user_id, expires_at=end, **values).returning(sessions.c.id))
+        kept = sa.insert(refresh_tokens).values(session_id=session_id, token_hash=token_hash(token), expires_at=end)
+        db.execute(kept)
         access_token, seconds = encode_access_token(user_id, session_id), settings.access_token_minutes * 60
         return TokenPair(access_token=access_token, refresh_token=token, expires_in=seconds)
 
@@ -1923,8 +1929,7 @@ class TokenIssuer:
             raise unauthorized("invalid_credentials", "Wrong username or password.")
         if not user.is_active:
             raise ApiError(403, "account_disabled", "This account is disabled.")
-        same = (users.c.password_hash == user.password_hash) & users.c.is_active
-        unchanged = sa.select(users.c.id).where(users.c.id == user.id, same)
+        unchanged = sa.select(users).filter_by(id=user.id, password_hash=user.password_hash, is_active=True)
 
         def start(db: sa.Connection) -> TokenPair:
             if db.scalar(unchanged) is None:
@@ -1937,27 +1942,10 @@ class TokenIssuer:
 Issuer = Annotated[TokenIssuer, Depends()]
 
 
-def try_password(account: str | None, password: str, password_hash: str | None) -> bool:
-    """Compare, and count a failure against an account. Nobody's password costs the same hash. Errors: 429."""
-    limit, spent = settings.rate_limit_account, limiter.limiter
-    if account and not spent.test(limit, "account", account):
-        raise rate_limited("account", account)
-    matches = password_matches(password, password_hash) if password_hash else not hash_password(password)
-    FAILED_LOGINS.inc(not matches)
-    if account and not matches and not spent.hit(limit, "account", account):
-        raise rate_limited("account", account)
-    return matches
-
-
-async def add_user(then: Callable[[sa.Connection, UserPublic], T], *columns: str | None) -> T:
-    """Create an account of `new_user`'s columns, and more in the same transaction. Errors: 409 username_taken."""
-    values = await in_thread(password_workers, new_user, *columns)
-
-    def create(db: sa.Connection) -> T:
-        return then(db, UserPublic(**db.execute(sa.insert(users).values(values).returning(users)).one()._mapping))
-
+def add_user(db: sa.Connection, columns: dict[str, Any]) -> UserPublic:
+    """Create an account of `new_user`'s columns. Errors: 409 username_taken."""
     try:
-        return await database.write(create)
+        return UserPublic(**db.execute(sa.insert(users).values(columns).returning(users)).one()._mapping)
     except sa.exc.IntegrityError:
         raise ApiError(409, "username_taken", "This username is taken.") from None
 
@@ -1971,11 +1959,13 @@ async def register(body: Registration, issuer: Issuer) -> Registered:
     """
     if settings.registration == "closed":
         raise ApiError(403, "registration_closed", "Registration is closed here. Ask the admin for an account.")
+    columns = await in_thread(password_workers, new_user, body.username, body.password, "user", body.email)
 
-    def log_in(db: sa.Connection, user: UserPublic) -> Registered:
+    def create(db: sa.Connection) -> Registered:
+        user = add_user(db, columns)
         return Registered(**issuer.issue(db, user.id).model_dump(), user=user)
 
-    return await add_user(log_in, body.username, body.password, "user", body.email)
+    return await database.write(create)
 
 
 @auth.post("/login", openapi_extra={"x-rate-limit": "login"})
@@ -2054,8 +2044,7 @@ async def list_sessions(user: CurrentUser) -> Collection[SessionListed]:
 @auth.delete("/sessions/{session_id}", status_code=204)
 async def end_session(session_id: Id, user: CurrentUser) -> None:
     """End one login. Errors: 404 absent or not yours."""
-    this = logins & (sessions.c.id == session_id) & (sessions.c.user_id == user.id)
-    if not await execute(sa.delete(sessions).where(this)):
+    if not await execute(sa.delete(sessions).where(logins, sessions.c.id == session_id, sessions.c.user_id == user.id)):
         raise not_found("session", session_id)
 
 
@@ -2067,13 +2056,12 @@ public_api_token = [
 ]
 
 
-def new_api_token(db: sa.Connection, user_id: int, wanted: ApiTokenCreate) -> ApiTokenCreated:
+def new_api_token(db: sa.Connection, user_id: int, name: str, scope: str, end: datetime = NEVER) -> ApiTokenCreated:
     """A token that its owner sees once; here only its hash stays."""
     secret, moment = API_TOKEN_PREFIX + new_token(), now()
     values: dict[str, Any] = {"user_id": user_id, "token_hash": token_hash(secret), "address": "", "user_agent": ""}
-    values |= {"created_at": moment, "last_used_at": moment, "name": wanted.name, "scope": wanted.scope}
-    new = sa.insert(sessions).values(**values, expires_at=wanted.expires_at or NEVER)
-    row = db.execute(new.returning(*public_api_token)).one()
+    values |= {"created_at": moment, "last_used_at": moment, "expires_at": end, "name": name, "scope": scope}
+    row = db.execute(sa.insert(sessions).values(values).returning(*public_api_token)).one()
     return ApiTokenCreated(**row._mapping, token=secret)
 
 
@@ -2091,19 +2079,13 @@ async def create_api_token(body: ApiTokenCreate, user: CurrentUser, _issuer: Iss
     """A token for a script, shown only now. It reaches tasks, and nothing of accounts, sessions or administration."""
     if body.expires_at and body.expires_at <= now():
         raise invalid(("expires_at", "must lie in the future"))
-
-    def create(db: sa.Connection) -> ApiTokenCreated:
-        insist(db, user)
-        return new_api_token(db, user.id, body)
-
-    return await database.write(create)
+    return await write_as(user, lambda db: new_api_token(db, user.id, body.name, body.scope, body.expires_at or NEVER))
 
 
 @auth.delete("/api_tokens/{token_id}", status_code=204)
 async def delete_api_token(token_id: Id, user: CurrentUser) -> None:
     """End a token at once, its streams included. Errors: 404 absent or not yours."""
-    this = ~logins & (sessions.c.id == token_id) & (sessions.c.user_id == user.id)
-    if not await execute(sa.delete(sessions).where(this)):
+    if not await execute(sa.delete(sessions).where(~logins, sessions.c.id == token_id, sessions.c.user_id == user.id)):
         raise not_found("api_token", token_id)
 
 
@@ -2116,10 +2098,11 @@ async def read_account(user: CurrentUser) -> UserPublic:
     return UserPublic(**user._mapping)
 
 
-def change_user(db: sa.Connection, user_id: int, values: dict[str, Any] | None) -> UserPublic:
+def change_user(db: sa.Connection, user_id: int, values: dict[str, Any] | None, ends: Any = True) -> UserPublic:
     """Change an account, or with None delete it with all that is theirs; returns it.
 
-    A new password or a disabled account ends its sessions and API tokens. Errors: 404; 409 last_admin
+    A new password or a disabled account ends its sessions and API tokens, or which of them `ends` says.
+    Errors: 404; 409 last_admin
     """
     this, new = users.c.id == user_id, values or {}
     stays_admin = values is not None and new.get("role", "admin") == "admin" and new.get("is_active", True)
@@ -2127,7 +2110,7 @@ def change_user(db: sa.Connection, user_id: int, values: dict[str, Any] | None) 
     if not stays_admin and list(db.scalars(admins)) == [user_id]:
         raise ApiError(409, "last_admin", "The last active admin stays.")
     if "password_hash" in new or not new.get("is_active", True):
-        db.execute(sa.delete(sessions).where(sessions.c.user_id == user_id))
+        db.execute(sa.delete(sessions).where(sessions.c.user_id == user_id, ends))
     written: Any = sa.delete(users) if values is None else sa.update(users).values(values or {"seq": users.c.seq})
     return find(db, UserPublic, written.where(this).returning(users), "user", user_id)
 
@@ -2139,21 +2122,12 @@ async def update_account(body: UserUpdate, user: CurrentUser, issuer: Issuer) ->
     Errors: 403 wrong_password
     Limit: account, failures only
     """
-    values, others = body.model_dump(include={"email"}), sa.false()
+    values, others = body.model_dump(include={"email"}), logins & (sessions.c.id != user.session_id)
     if body.password is not MISSING and body.current_password is not MISSING:
         if await issuer.verify(user.username, body.current_password, user.session_id) is None:
             raise ApiError(403, "wrong_password", "current_password is wrong.")
         values["password_hash"] = await in_thread(password_workers, hash_password, body.password)
-        others = logins & (sessions.c.user_id == user.id) & (sessions.c.id != user.session_id)
-    changed = sa.update(users).where(still(user)).values(values or {"is_active": True}).returning(users)
-
-    def change(db: sa.Connection) -> Row:
-        db.execute(sa.delete(sessions).where(others))
-        if row := db.execute(changed).one_or_none():
-            return row
-        raise unauthorized()
-
-    return UserPublic(**(await database.write(change))._mapping)
+    return await write_as(user, lambda db: change_user(db, user.id, values, others))
 
 
 @account.delete("", status_code=204)
@@ -2164,11 +2138,11 @@ async def delete_account(user: CurrentUser) -> None:
     """
     if now() - user.session_created_at > timedelta(minutes=10):
         raise ApiError(403, "login_again", "Log in again: this needs a session younger than 10 minutes.")
-    await database.write(lambda db: change_user(db, user.id, None))
+    await write_as(user, lambda db: change_user(db, user.id, None))
 
 
 todo = router(prefix=f"{API}/tasks", tags=["tasks"])
-ORDER = {"status": ("todo", "in_progress", "done"), "priority": ("low", "medium", "high")}
+ORDER = {"status": get_args(Status), "priority": get_args(Priority)}  # Section 4 names them in this order.
 
 
 def filtered(query: TaskQuery) -> sa.Select[Any]:
@@ -2443,7 +2417,7 @@ async def replace_task(edit: Edit, body: TaskCreate) -> TaskPublic:
     Errors: 404 absent or not yours; 412 stale version
     Ref: RFC 9110 §13.1.1
     """
-    return await edit.save(body.values())
+    return await edit.save(TASK_DEFAULTS | body.values())
 
 
 @todo.patch("/{task_id}")
@@ -2714,12 +2688,8 @@ async def list_users(_admin: AdminUser, query: Annotated[PageQuery, Query()], re
 @admin.post("/users", status_code=201)
 async def create_user(admin: AdminUser, body: AdminUserCreate, reply: Answering) -> UserPublic:
     """Create an account. Errors: 403 admin_required; 409 username_taken."""
-
-    def by_admin(db: sa.Connection, user: UserPublic) -> UserPublic:
-        insist(db, admin)
-        return user
-
-    user = await add_user(by_admin, body.username, body.password, body.role, body.email)
+    columns = await in_thread(password_workers, new_user, body.username, body.password, body.role, body.email)
+    user = await write_as(admin, lambda db: add_user(db, columns))
     reply.headers["Location"] = f"{reply.path}/{user.id}"
     return user
 
@@ -2731,16 +2701,6 @@ async def read_user(user_id: Id, _admin: AdminUser) -> UserPublic:
     return await database.read(lambda db: find(db, UserPublic, this, "user", user_id))
 
 
-async def change_by_admin(admin: Row, user_id: int, values: dict[str, Any] | None) -> UserPublic:
-    """Change or delete an account, if the admin still is one. Errors: 401; 404; 409 last_admin."""
-
-    def change(db: sa.Connection) -> UserPublic:
-        insist(db, admin)
-        return change_user(db, user_id, values)
-
-    return await database.write(change)
-
-
 @admin.patch("/users/{user_id}")
 async def update_user(user_id: Id, admin: AdminUser, body: AdminUserUpdate) -> UserPublic:
     """Change role, `is_active` or password; disabling and a new password end the account's sessions and API tokens.
@@ -2750,20 +2710,19 @@ async def update_user(user_id: Id, admin: AdminUser, body: AdminUserUpdate) -> U
     values = body.model_dump()
     if password := values.pop("password", None):
         values["password_hash"] = await in_thread(password_workers, hash_password, password)
-    return await change_by_admin(admin, user_id, values)
+    return await write_as(admin, lambda db: change_user(db, user_id, values))
 
 
 @admin.delete("/users/{user_id}", status_code=204)
 async def delete_user(user_id: Id, admin: AdminUser) -> None:
     """Delete an account with everything in it. Errors: 403 admin_required; 404 absent; 409 last_admin."""
-    await change_by_admin(admin, user_id, None)
+    await write_as(admin, lambda db: change_user(db, user_id, None))
 
 
 @admin.post("/cleanup", status_code=202, response_class=Response)
 async def start_cleanup(_admin: AdminUser, reply: Answering) -> Response:
     """Remove now what has expired. The result stands in /health/detailed. Errors: 403 admin_required."""
-    result = {"Location": f"{reply.prefix}/health/detailed"}
-    return Response(status_code=202, headers=result, background=BackgroundTask(clean_up))
+    return Response(None, 202, {"Location": f"{reply.prefix}/health/detailed"}, background=BackgroundTask(clean_up))
 
 
 @admin.post("/webhook_test")
@@ -2814,10 +2773,10 @@ async def read_health() -> Health:
 async def read_health_detailed() -> HealthDetailed:
     """The same, with figures. Errors: 503 database_unavailable."""
     began = time.perf_counter()
-    await fetch(sa.select(users.c.id).limit(1))
+    await read_health()
     figures: Any = {"engine": "sqlite", "latency_ms": round((time.perf_counter() - began) * 1000, 2)}
     values: Any = {"uptime_seconds": int(time.monotonic() - started_at), "last_cleanup": last_cleanup}
-    return HealthDetailed(version=VERSION, database=figures, live_connections=live_connections(), **values)
+    return HealthDetailed(version=VERSION, database=figures, live_connections=len(all_streams()), **values)
 
 
 @health.get("/metrics", response_class=Response, openapi_extra={"x-rate-limit": "none"})
@@ -2834,8 +2793,10 @@ for resource in (auth, account, todo, files, live, admin, health):
     app.include_router(resource)
 
 # ── 12 Command line ─────────────────────────────────────────────────────────────────────────────
-# Every command works beside a running server: the database's own locks are all that they need, and the
-# server notices within POLL_SECONDS.
+# Commands work beside a running server: the database's own locks are all that they need, and the
+# server notices within POLL_SECONDS. Only restore needs it stopped.
+
+RESTORE_LEAP = 2**20
 
 
 def serve(reload: bool) -> None:
@@ -2895,22 +2856,23 @@ def restore(backup: Path) -> str:
         kept = path.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db")
         if path.exists():
             shutil.copy(path, kept)
-            for suffix in ("-wal", "-shm"):  # Of a damaged database; they would damage this one.
-                Path(f"{path}{suffix}").unlink(missing_ok=True)
+        for suffix in ("-wal", "-shm"):  # Of a damaged or a removed database; they would damage this one.
+            if (companion := Path(f"{path}{suffix}")).exists():
+                companion.replace(f"{kept}{suffix}")
         copy.replace(path)
     return f"Done. The database before is kept in {kept}" if kept.exists() else "Done."
 
 
-def account_command(command: str, name: str, option: str) -> str:
-    """create-user, reset-password, token: what to say at the end. Errors: SystemExit."""
+def account_command(command: str, name: str, rights: str) -> str:
+    """create-user, reset-password, token; `rights` are a role or a scope. Returns what to say. Errors: SystemExit."""
     typed, shown = "", ""
     if command != "token":
         ask = "Password (empty: generated): "
         typed = getpass.getpass(ask) if sys.stdin.isatty() else sys.stdin.readline().strip("\n")
         shown = "" if typed else new_token()
         valid_or_exit(lambda: a_password.validate_python(typed or shown), "password")
-    columns = new_user(valid_or_exit(lambda: a_username.validate_python(name), "name"), typed or shown, option)
-    with database.writer.begin() as db:
+    columns = new_user(valid_or_exit(lambda: a_username.validate_python(name), "name"), typed or shown, rights)
+    with database.write_engine.begin() as db:
         known = db.scalar(sa.select(users.c.id).where(users.c.username_key == columns["username_key"]))
         if bool(known) == (command == "create-user"):  # A new account needs a free name, the rest a known one.
             raise SystemExit(f"name: {name} {'is taken' if known else 'does not exist'}")
@@ -2919,8 +2881,7 @@ def account_command(command: str, name: str, option: str) -> str:
         elif command == "reset-password":
             change_user(db, known or 0, {"password_hash": columns["password_hash"]})
         else:
-            wanted = ApiTokenCreate.model_validate({"name": "command line", "scope": option})
-            return new_api_token(db, known or 0, wanted).token
+            return new_api_token(db, known or 0, "command line", rights).token
     return f"Done. The password is {shown}" if shown else "Done."
 
 
@@ -2944,7 +2905,7 @@ def run(arguments: argparse.Namespace) -> str:
     open_database()
     with contextlib.closing(database):
         if arguments.command != "cleanup":
-            return account_command(arguments.command, arguments.what, arguments.option)
+            return account_command(arguments.command, arguments.what, arguments.rights)
         asyncio.run(clean_up())
         return json.dumps(last_cleanup, default=str)
 
@@ -2955,18 +2916,14 @@ def main() -> None:
     parser.add_argument("--reload", action="store_true", help="start again whenever app.py changes")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (what, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(option="user")
+        one = commands.add_parser(name, help=text, description=text)
+        one.set_defaults(rights="write" if name == "token" else "user")
         if what:
-            command.add_argument("what", metavar=what, type=Path if what == "FILE" else str)
+            one.add_argument("what", metavar=what, type=Path if what == "FILE" else str)
         if name == "create-user":
-            command.add_argument(
-                "--admin", dest="option", action="store_const", const="admin", help="with the role admin"
-            )
+            one.add_argument("--admin", dest="rights", action="store_const", const="admin", help="with the role admin")
         if name == "token":
-            command.add_argument(
-                "--scope", dest="option", choices=["read", "write"], default="write", help="default: write"
-            )
+            one.add_argument("--scope", dest="rights", choices=["read", "write"], help="default: write")
     arguments = parser.parse_args()
     if arguments.command is None:
         return serve(arguments.reload)
