@@ -1492,9 +1492,9 @@ class Transaction:
         derived = {"completed": done, "completed_at": completed_at, "search_text": search_text}
         return columns | derived | {"version": next(self.seqs), "updated_at": moment}
 
-    def write(self, kind: str, statement: Any, rows: list[dict[str, Any]] | None = None) -> list[TaskPublic]:
+    def write(self, kind: str, statement: Any, columns: Any) -> list[TaskPublic]:
         """Run an INSERT or UPDATE, and keep what it wrote for those who follow it."""
-        found = self.db.execute(statement.returning(*public_task), rows)
+        found = self.db.execute(statement.returning(*public_task), columns)
         written = sorted((TaskPublic(**row._mapping) for row in found), key=lambda task: task.version)
         self.written += [(task, kind) for task in written]
         return written
@@ -1507,7 +1507,7 @@ class Transaction:
     def update(self, before: TaskPublic, values: dict[str, Any]) -> TaskPublic:
         """New values of one task."""
         columns = self.complete(before.model_dump() | values)
-        return self.write("updated", sa.update(tasks).where(tasks.c.id == before.id).values(columns))[0]
+        return self.write("updated", sa.update(tasks).where(tasks.c.id == before.id), columns)[0]
 
     def purge(self, until: datetime) -> int:
         """Delete the trash up to a moment for good, and remember the highest seq removed. Returns how many."""
