@@ -1452,6 +1452,12 @@ class Outbox:
         async with asyncio.timeout(WEBHOOK_SECONDS), call as answer:  # The body may never end; the status is enough.
             return answer.status_code
 
+    async def accepted(self, text: str, message_id: str) -> bool:
+        """Whether a call succeeded, whatever a receiver can think of (a redirect to mailto: is an InvalidURL)."""
+        with contextlib.suppress(Exception):
+            return await self.post(text, message_id) < 300
+        return False
+
     async def deliver(self) -> None:
         """Post what waits, one after the other; a message keeps its id, so that a receiver can drop a repeat."""
         while True:
@@ -1459,9 +1465,8 @@ class Outbox:
             for attempt in range(WEBHOOK_TRIES):
                 jitter = 0.5 + secrets.randbelow(1000) / 1000
                 await asyncio.sleep(attempt and WEBHOOK_BACKOFF_SECONDS * 2**attempt * jitter)
-                with contextlib.suppress(Exception):  # Whatever a receiver can think of, InvalidURL in a redirect too.
-                    if await self.post(text, message_id) < 300:
-                        break
+                if await self.accepted(text, message_id):
+                    break
             else:
                 WEBHOOKS_GIVEN_UP.inc()
 
