@@ -2254,6 +2254,7 @@ async def export_tasks(user: CurrentUser, format: Literal["jsonl", "csv"] = "jso
 
 
 MAX_IMPORT_LINES = 20_000
+importers = ThreadPoolExecutor(1, "import")  # One at a time: each thread at work makes the event loop wait longer.
 
 
 def raw_body(hint: str, schema: dict[str, Any], *media_types: str) -> dict[str, Any]:
@@ -2287,7 +2288,7 @@ async def import_tasks(user: CurrentUser, request: Request) -> Imported:
 
     Errors: 413; 422 refused lines by their number
     """
-    rows = await asyncio.to_thread(imported_rows, await request.body())
+    rows = await in_thread(importers, imported_rows, await request.body())
     if rows:
         await changing(user.id, lambda transaction: transaction.create(*rows), still(user), count=len(rows))
     return Imported(imported=len(rows))
