@@ -2200,11 +2200,12 @@ async def create_task(user: CurrentUser, body: TaskCreate, reply: Answering, key
 
     The same `Idempotency-Key` again gives the task that it created, with 200 and `Idempotency-Replayed: true`.
     """
-    known = sa.select(*public_task).where(tasks.c.owner_id == user.id, tasks.c.idempotency_key == key)
 
     def create(transaction: Transaction) -> TaskPublic:
-        for row in transaction.db.execute(known) if key else ():
-            raise Replayed(TaskPublic(**row._mapping))
+        if key:
+            known = (tasks.c.owner_id == user.id) & (tasks.c.idempotency_key == key)
+            for row in transaction.db.execute(sa.select(*public_task).where(known)):
+                raise Replayed(TaskPublic(**row._mapping))
         return transaction.create(body.values() | {"idempotency_key": key})[0]
 
     try:
