@@ -84,6 +84,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from math import ceil
 from pathlib import Path
+from socket import SO_SNDBUF, SOL_SOCKET
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, get_args
 from urllib.parse import quote, urlencode
 
@@ -973,7 +974,7 @@ principals = sa.select(users, sessions.c.scope, *session_columns).join_from(sess
 """Users joined with their sessions: the one query that says who somebody is."""
 logins = sessions.c.token_hash.is_(None)
 """The sessions that are no API tokens."""
-MEMORY_ENTRIES, MEMORY_BYTES = 1000, 32 * 1024
+MEMORY_ENTRIES, MEMORY_BYTES, MAX_HEADER = 1000, 32 * 1024, 4096
 authenticated: dict[str, tuple[int, Row, datetime]] = {}
 """Authorization header: the database's version, whom it names, until when. Exact until anything is committed."""
 last_used: dict[int, datetime] = {}
@@ -991,10 +992,11 @@ def still(user: Row) -> sa.ColumnElement[bool]:
 
 
 async def write_as(user: Row, work: Callable[[sa.Connection], T]) -> T:
-    """A write, if its turn finds who asked still logged in, and with the same role. Errors: 401."""
+    """A write, if its turn finds who asked still logged in, and an admin still one. Errors: 401."""
+    role = users.c.role == "admin" if user.role == "admin" else sa.true()
 
     def guarded(db: sa.Connection) -> T:
-        if db.scalar(sa.select(users.c.id).where(still(user), users.c.role == user.role)) is None:
+        if db.scalar(sa.select(users.c.id).where(still(user), role)) is None:
             raise unauthorized()
         return work(db)
 
@@ -1025,12 +1027,13 @@ def remember(memory: dict[Any, Any], key: object, value: object) -> None:
 
 async def authenticate(authorization: str | None) -> Row | None:
     """The caller, or None. What was found is right as long as nothing was committed since."""
+    header = authorization if authorization and len(authorization) <= MAX_HEADER else ""
     version, moment = database.version(), now()
-    seen, user, until = authenticated.get(authorization or "", (-1, None, moment))
+    seen, user, until = authenticated.get(header, (-1, None, moment))
     if seen != version or moment >= until:
-        user, until = await look_up(authorization or "")
+        user, until = await look_up(header)
     if user is not None:
-        remember(authenticated, authorization, (version, user, until))
+        remember(authenticated, header, (version, user, until))
         last_used[user.session_id] = moment
     return user
 
@@ -1198,7 +1201,8 @@ async def recalled(request: Request, user: Row, handle: Callable[[Request], Coro
         return reply.response
     response = await handle(request)
     body = getattr(response, "body", b"")
-    if "etag" in response.headers and len(body) <= MEMORY_BYTES:
+    size = sum(map(len, (body, *url[1:], *response.headers.values())))
+    if "etag" in response.headers and size <= MEMORY_BYTES:
         remember(answers, url, (user.seq, body, dict(response.headers)))
     return response
 
@@ -1788,6 +1792,8 @@ class Exchange:
     async def push(self, message: Message) -> None:
         """Hand it to the server by pieces, and give up on a peer that takes none. Errors: SlowClient, for a socket."""
         body, more = message.get("body", b""), message.get("more_body", False)
+        if self.transport and (more or len(body) > PIECE_BYTES):  # Else megabytes in the kernel look like a standstill.
+            self.transport.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_SNDBUF, PIECE_BYTES)
         try:
             for start in range(0, len(body) or 1, PIECE_BYTES):
                 end = start + PIECE_BYTES
@@ -2834,9 +2840,9 @@ def let_go(path: Path) -> int:
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=0)) as there:
             there.execute("PRAGMA journal_mode=DELETE")
-            return there.execute("SELECT max(seq) FROM users").fetchone()[0] or 0
+            return there.execute("SELECT max(CAST(seq AS INTEGER)) FROM users").fetchone()[0] or 0
     except sqlite3.DatabaseError as error:
-        code = error.sqlite_errorcode & 0xFF  # The rest tells kinds of the same.
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # The rest tells kinds of the same.
         if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR):
             return 0
         busy = "a server has the database open; stop it first"
@@ -2848,11 +2854,11 @@ def restore(backup: Path) -> str:
 
     Every seq leaps ahead of all that was ever handed out, so that who saw a later past synchronises anew.
     """
-    path = database.path
+    path = database.path.resolve()  # Behind a link, if it is one.
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".copy-", dir=path.parent) as directory:
         copy_database(backup, copy := Path(directory, "tasks.db"))
-        leap = RESTORE_LEAP * (1 + (let_go(path) if path.exists() else 0) // RESTORE_LEAP)
+        leap = RESTORE_LEAP * (1 + (let_go(path) if path.exists() and path.stat().st_size else 0) // RESTORE_LEAP)
         engine = sqlite_engine(copy, "BEGIN", 1)
         with engine.begin() as db:
             if "users" not in sa.inspect(db).get_table_names():
