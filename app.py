@@ -995,12 +995,12 @@ async def write_as(user: Row, work: Callable[[sa.Connection], T]) -> T:
     """A write, if its turn finds who asked still logged in, and an admin still one. Errors: 401."""
     role = users.c.role == "admin" if user.role == "admin" else sa.true()
 
-    def guarded(db: sa.Connection) -> T:
+    def _guarded(db: sa.Connection) -> T:
         if db.scalar(sa.select(users.c.id).where(still(user), role)) is None:
             raise unauthorized()
         return work(db)
 
-    return await database.write(guarded)
+    return await database.write(_guarded)
 
 
 async def look_up(authorization: str) -> tuple[Row | None, datetime]:
@@ -1336,12 +1336,12 @@ class Feed:
     async def after(self, user_id: int, cursor: int) -> tuple[Marks, list[Change]]:
         """What followed a cursor, read and encoded once for all streams that ask for it meanwhile."""
 
-        async def read() -> tuple[Marks, list[Change]]:
+        async def _read() -> tuple[Marks, list[Change]]:
             marks = await changes_after(user_id, cursor)
             return marks, await in_thread(database.readers, lambda: list(map(change_of, marks.tasks)))
 
         if cursor not in self.reads:
-            self.reads[cursor] = asyncio.create_task(read())
+            self.reads[cursor] = asyncio.create_task(_read())
             self.reads[cursor].add_done_callback(lambda _: self.reads.pop(cursor))
         return await asyncio.shield(self.reads[cursor])
 
@@ -1531,7 +1531,7 @@ async def changing(user_id: int, work: Callable[[Transaction], T], who: Any = Tr
     """Take the user's next seqs, do the work, commit, then tell streams and webhook. Errors: 401 if they are gone."""
     step = sa.update(users).where(users.c.id == user_id, who).values(seq=users.c.seq + count).returning(users.c.seq)
 
-    def transact(db: sa.Connection) -> tuple[T, Transaction, list[Change]]:
+    def _transact(db: sa.Connection) -> tuple[T, Transaction, list[Change]]:
         seq = db.scalar(step)
         if seq is None:
             raise unauthorized()
@@ -1539,7 +1539,7 @@ async def changing(user_id: int, work: Callable[[Transaction], T], who: Any = Tr
         result, wanted = work(transaction), settings.webhook_url or user_id in feeds
         return result, transaction, [change_of(*written) for written in transaction.written if wanted]
 
-    result, transaction, changes = await database.write(transact)
+    result, transaction, changes = await database.write(_transact)
     TASKS_WRITTEN.inc(len(transaction.written))
     for change in changes if settings.webhook_url else ():
         outbox.offer(change.text)
@@ -1554,8 +1554,7 @@ async def changing(user_id: int, work: Callable[[Transaction], T], who: Any = Tr
 # other's failures, and only the outermost layer can put an id and the limits on every answer.
 
 SEND_SECONDS, PIECE_BYTES = 20.0, 64 * 1024
-CLEANUP_SECONDS = 3600.0
-USES_SECONDS = 60.0
+CLEANUP_SECONDS, USES_SECONDS = 3600.0, 60.0
 CONTENT_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -1775,9 +1774,10 @@ class Exchange:
         self.status = message.get("status") or message.get("code") or self.status or 101  # A socket is accepted.
         if message["type"] in ("http.response.start", "websocket.accept"):
             LATENCY.labels(self.method, self.state["route"]).observe(time.perf_counter() - self.began)
-            for name, value in {"X-Request-ID": self.request_id, **SECURITY_HEADERS, **self.state["headers"]}.items():
-                MutableHeaders(scope=message).setdefault(name, value)
-            if MutableHeaders(scope=message).get("content-type", "").startswith("text/html"):
+            head, more = MutableHeaders(scope=message), {"X-Request-ID": self.request_id} | SECURITY_HEADERS
+            for name, value in (more | self.state["headers"]).items():
+                head.setdefault(name, value)
+            if head.get("content-type", "").startswith("text/html"):
                 self.page = message
                 return
         elif message["type"] == "http.response.body":
@@ -1912,8 +1912,8 @@ class TokenIssuer:
         values = {"address": self.address, "user_agent": self.agent, "last_used_at": moment, "created_at": created_at}
         step: Any = sa.update(sessions).where(sessions.c.id == session.session_id) if session else sa.insert(sessions)
         session_id = db.scalar(step.values(user_id=user_id, expires_at=end, **values).returning(sessions.c.id))
-        kept = sa.insert(refresh_tokens).values(session_id=session_id, token_hash=token_hash(token), expires_at=end)
-        db.execute(kept)
+        kept = {"session_id": session_id, "token_hash": token_hash(token), "expires_at": end}
+        db.execute(sa.insert(refresh_tokens), kept)
         access_token, seconds = encode_access_token(user_id, session_id), settings.access_token_minutes * 60
         return TokenPair(access_token=access_token, refresh_token=token, expires_in=seconds)
 
@@ -1942,12 +1942,12 @@ class TokenIssuer:
             raise ApiError(403, "account_disabled", "This account is disabled.")
         unchanged = sa.select(users).filter_by(id=user.id, password_hash=user.password_hash, is_active=True)
 
-        def start(db: sa.Connection) -> TokenPair:
+        def _start(db: sa.Connection) -> TokenPair:
             if db.scalar(unchanged) is None:
                 raise unauthorized("invalid_credentials", "The account has just changed.")
             return self.issue(db, user.id)
 
-        return await database.write(start)
+        return await database.write(_start)
 
 
 Issuer = Annotated[TokenIssuer, Depends()]
@@ -1972,11 +1972,11 @@ async def register(body: Registration, issuer: Issuer) -> Registered:
         raise ApiError(403, "registration_closed", "Registration is closed here. Ask the admin for an account.")
     columns = await in_thread(password_workers, new_user, body.username, body.password, "user", body.email)
 
-    def create(db: sa.Connection) -> Registered:
+    def _create(db: sa.Connection) -> Registered:
         user = add_user(db, columns)
         return Registered(**issuer.issue(db, user.id).model_dump(), user=user)
 
-    return await database.write(create)
+    return await database.write(_create)
 
 
 @auth.post("/login", openapi_extra={"x-rate-limit": "login"})
@@ -2013,7 +2013,7 @@ async def refresh(body: RefreshRequest, issuer: Issuer) -> TokenPair:
     replayed = (column.used_at < moment - timedelta(seconds=1)) | sa.exists().where(successor)
     use = sa.update(refresh_tokens).where(fresh).values(used_at=moment).returning(column.session_id)
 
-    def rotate(db: sa.Connection) -> TokenPair | None:
+    def _rotate(db: sa.Connection) -> TokenPair | None:
         session_id = db.scalar(use)
         session = db.execute(principals.where(sessions.c.id == session_id, alive())).one_or_none()
         if session is not None:
@@ -2022,7 +2022,7 @@ async def refresh(body: RefreshRequest, issuer: Issuer) -> TokenPair:
         db.execute(sa.delete(sessions).where(sessions.c.id.in_(lost)))
         return None
 
-    if tokens := await database.write(rotate):
+    if tokens := await database.write(_rotate):
         return tokens
     raise unauthorized("invalid_refresh_token", "This refresh token is not valid.")
 
@@ -2207,7 +2207,7 @@ async def create_task(user: CurrentUser, body: TaskCreate, reply: Answering, key
     The same `Idempotency-Key` again gives the task that it created, with 200 and `Idempotency-Replayed: true`.
     """
 
-    def create(transaction: Transaction) -> TaskPublic:
+    def _create(transaction: Transaction) -> TaskPublic:
         if key:
             known = (tasks.c.owner_id == user.id) & (tasks.c.idempotency_key == key)
             for row in transaction.db.execute(sa.select(*public_task).where(known)):
@@ -2215,7 +2215,7 @@ async def create_task(user: CurrentUser, body: TaskCreate, reply: Answering, key
         return transaction.create(body.values() | {"idempotency_key": key})[0]
 
     try:
-        task = await changing(user.id, create, still(user))
+        task = await changing(user.id, _create, still(user))
     except Replayed as replayed:
         (task,) = replayed.args
         reply.response.status_code, reply.headers["Idempotency-Replayed"] = 200, "true"
@@ -2405,13 +2405,13 @@ class TaskEdit:
     async def run(self, work: Callable[[Transaction, TaskPublic], T], trashed: bool = False) -> T:
         """Find, check, work. Errors: 404 absent, not yours or on the other side of the trash; 412 stale version."""
 
-        def edit(transaction: Transaction) -> T:
+        def _edit(transaction: Transaction) -> T:
             before = find_task(transaction.db, self.task_id, self.user.id, trashed)
             if self.if_match is not None and not etag_matches(self.if_match, f'"{before.version}"'):
                 raise ApiError(412, "version_mismatch", f'The task is at version "{before.version}" now.')
             return work(transaction, before)
 
-        return await changing(self.user.id, edit, still(self.user))
+        return await changing(self.user.id, _edit, still(self.user))
 
     async def save(self, values: dict[str, Any], trashed: bool = False) -> TaskPublic:
         """New values of the task. Errors: those of `run`."""
@@ -2565,14 +2565,14 @@ async def attach_file(upload: Annotated[Upload, Depends(uploaded_file)], edit: E
     values |= {"task_id": edit.task_id, "sha256": upload.sha256.hexdigest(), "created_at": now()}
     sizes = sa.select(sa.func.sum(attachments.c.size_bytes)).join(tasks).where(tasks.c.owner_id == edit.user.id)
 
-    def attach(transaction: Transaction, before: TaskPublic) -> AttachmentPublic:
+    def _attach(transaction: Transaction, before: TaskPublic) -> AttachmentPublic:
         if (transaction.db.scalar(sizes) or 0) + upload.size_bytes > settings.max_storage_mib * 2**20:
             raise ApiError(413, "storage_full", f"All your attachments may have {settings.max_storage_mib} MiB.")
         transaction.update(before, {"attachments": before.attachments + 1})
         kept = sa.insert(attachments).values(**values, content=upload.content()).returning(*public_attachment)
         return AttachmentPublic(**transaction.db.execute(kept).one()._mapping)
 
-    attachment = await edit.run(attach)
+    attachment = await edit.run(_attach)
     edit.reply.headers["Location"] = f"{edit.reply.prefix}{API}/attachments/{attachment.id}"
     return attachment
 
@@ -2602,13 +2602,13 @@ async def download_attachment(attachment_id: Id, user: CurrentUser, reply: Answe
 async def delete_attachment(attachment_id: Id, user: CurrentUser) -> None:
     """Delete a file for good; its task gets its next version. Errors: 404 absent or not yours."""
 
-    def detach(transaction: Transaction) -> None:
+    def _detach(transaction: Transaction) -> None:
         attachment = find_attachment(transaction.db, attachment_id, user.id)
         task = find_task(transaction.db, attachment.task_id, user.id)
         transaction.db.execute(sa.delete(attachments).where(attachments.c.id == attachment_id))
         transaction.update(task, {"attachments": task.attachments - 1})
 
-    await changing(user.id, detach, still(user))
+    await changing(user.id, _detach, still(user))
 
 
 live = APIRouter()
@@ -2710,8 +2710,7 @@ async def create_user(admin: AdminUser, body: AdminUserCreate, reply: Answering)
 @admin.get("/users/{user_id}")
 async def read_user(user_id: Id, _admin: AdminUser) -> UserPublic:
     """One account. Errors: 403 admin_required; 404 absent."""
-    this = sa.select(users).where(users.c.id == user_id)
-    return await database.read(lambda db: find(db, UserPublic, this, "user", user_id))
+    return await database.read(lambda db: find(db, UserPublic, sa.select(users).filter_by(id=user_id), "user", user_id))
 
 
 @admin.patch("/users/{user_id}")
@@ -2884,7 +2883,8 @@ def account_command(command: str, name: str, rights: str) -> str:
         typed = getpass.getpass(ask) if sys.stdin.isatty() else sys.stdin.readline().strip("\n")
         shown = "" if typed else new_token()
         valid_or_exit(lambda: a_password.validate_python(typed or shown), "password")
-    columns = new_user(valid_or_exit(lambda: a_username.validate_python(name), "name"), typed or shown, rights)
+    name = valid_or_exit(lambda: a_username.validate_python(name), "name")
+    columns = new_user(name, typed or shown, rights) if command != "token" else {"username_key": folded(name)}
     with database.write_engine.begin() as db:
         known = db.scalar(sa.select(users.c.id).where(users.c.username_key == columns["username_key"]))
         if bool(known) == (command == "create-user"):  # A new account needs a free name, the rest a known one.
