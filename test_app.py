@@ -3980,6 +3980,37 @@ def test_who_reads_slowly_but_always_gets_everything(server, alice, monkeypatch)
     assert answer.partition(b"\r\n\r\n")[2] == content
 
 
+def test_long_texts_cut_a_batch_of_changes_short(alice):
+    together(3, lambda _: [alice.create(description="x" * 10_000) for _ in range(15)])
+    page = good(alice.get("/tasks/changes")).json()
+    assert page["has_more"]
+    assert 0 < len(page["data"]) < 45
+    rest = good(alice.get("/tasks/changes", params={"since": page["next_since"]})).json()
+    assert not rest["has_more"]
+    assert [task["version"] for task in page["data"] + rest["data"]] == list(range(1, 46))
+
+
+@pytest.mark.parametrize("part", ["bytes=0-9", "bytes=abc", "bytes=99999999999-"])
+def test_nothing_is_answered_in_part(admin, part):
+    for path in ("/admin/backup", ROOT + "/static-offline-docs/swagger-ui.css"):
+        answer = good(admin.get(path, headers={"Range": part}))
+        assert len(answer.content) > 1_000
+    assert good(admin.get("/admin/backup")).headers["Accept-Ranges"] == "none"
+
+
+def test_a_path_that_ends_in_a_line_end_leads_nowhere(alice):
+    assert good(alice.post("/tasks%0A", json={"title": "x"}), 404).json()["error"]["code"] == "not_found"
+    good(alice.get("/tasks%0A"), 404)
+    assert alice.titles() == []
+
+
+def test_an_answer_to_a_long_question_is_not_remembered(alice):
+    question = "/tasks?" + "status=todo&" * 3_000 + "page=1"
+    first, second = (good(alice.get(question)) for _ in range(2))
+    assert first.content == second.content
+    assert [url for url in app.answers if len(url[2]) > app.MEMORY_BYTES] == []
+
+
 def test_a_header_of_megabytes_is_nobodys_and_is_not_remembered(alice):
     token = alice.headers["Authorization"].removeprefix("Bearer ")
     good(alice.get("/users/me", headers={"Authorization": f"Bearer {' ' * 3_000}{token}"}))
@@ -6484,6 +6515,15 @@ def test_a_restore_keeps_what_a_crash_has_left_in_the_log(crashed, monkeypatch):
     [kept] = copies(app.database.path)
     assert titles_in(kept)["the last word"] == 1
     assert titles_in(app.database.path) == Counter(["milk", "tea", "trashed"])
+
+
+def test_the_same_backup_restored_again_is_another_past(crashed, monkeypatch):
+    seqs = []
+    for _ in range(3):
+        do(monkeypatch, "restore", crashed)
+        with contextlib.closing(sqlite3.connect(app.database.path)) as database:
+            seqs += database.execute("SELECT min(seq), max(seq) FROM users").fetchall()
+    assert all(later[0] > earlier[1] for earlier, later in itertools.pairwise(seqs))
 
 
 @pytest.mark.parametrize("left", ["tasks.db*", "tasks.db", "tasks.db-*"], ids=["all", "without-a-log", "only-a-log"])
