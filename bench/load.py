@@ -1,209 +1,190 @@
-"""Whole requests per second over real sockets, next to a bare FastAPI route in the same sitting.
+"""Requests per second, beside PocketBase and beside a bare FastAPI route, in one sitting.
 
-Run    .venv/bin/python bench/load.py --seconds 5 --rounds 5
+Run    .venv/bin/python bench/load.py --rounds 5 --seconds 4
+Exit   0 when every answer had the status that it should have, 1 otherwise
 
-32 connections, keep-alive, one request at a time on each; an answer counts when its body has arrived and
-its status is right. The server has one core, where the operating system can do that, this program the others.
-Each round measures everything once, so that ratios compare neighbours; medians over the rounds are printed.
+The contenders share one core, one at a time; the client has another, and 32 connections. A round
+measures each work on each contender in turn, so that a ratio compares neighbours; medians of the
+rounds are printed. Rate limits are off. PocketBase commits with synchronous=NORMAL, as it comes,
+and app.py with FULL. Where PocketBase cannot be installed, its columns stay empty.
 """
 
 import argparse
-import asyncio
 import contextlib
-import functools
-import json
-import os
-import re
-import socket
+import itertools
+import random
 import statistics
 import subprocess
-import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
-import uvicorn
-from fastapi import FastAPI
-from server import PASSWORD, Server, call, running
+from client import Rate, Wanted, ask_once, drive, header, run, wanted
+from contenders import (
+    POCKETBASE,
+    Contender,
+    Onefile,
+    PocketBase,
+    User,
+    install_pocketbase,
+    start_pocketbase,
+)
+from server import Server, start_app, start_bare
 
-CONNECTIONS = 32
-LOGINS = 20
-SERVER_CORE = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+TASKS = 100
+FAR = datetime(2999, 1, 1, tzinfo=UTC)
+WARM_UP_SECONDS = 0.5
+BARE = "bare FastAPI"
 
-
-class Client(asyncio.Protocol):
-    """One connection that asks again as soon as it has been answered."""
-
-    def __init__(self, request: bytes, status: bytes) -> None:
-        self.request, self.wanted = request, b"HTTP/1.1 " + status
-        self.received, self.answers, self.failure = b"", 0, ""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ask for the first time."""
-        self.transport = transport
-        self.transport.write(self.request)
-
-    def data_received(self, data: bytes) -> None:
-        """Count a whole answer and ask again."""
-        self.received += data
-        head, blank, body = self.received.partition(b"\r\n\r\n")
-        length = re.search(rb"\ncontent-length: (\d+)", head, re.IGNORECASE)
-        if not blank or length is None or len(body) < int(length[1]):
-            return
-        if not head.startswith(self.wanted):
-            self.failure = self.received[:300].decode(errors="replace")
-            self.transport.close()
-            return
-        self.received, self.answers = b"", self.answers + 1
-        self.transport.write(self.request)
+AGAIN = "GET /tasks, 10 of 100, again"
+UNCHANGED = "the same with If-None-Match, 304"
+FRESH = "GET /tasks, never asked before"
+ONE = "GET /tasks/{id}"
+CREATE = "POST /tasks"
+MIX = "100 users, 90 % reads, 10 % writes"
+KINDS = (AGAIN, UNCHANGED, FRESH, ONE, CREATE, MIX)
 
 
-def request_bytes(method: str, path: str, token: str = "", body: object = None) -> bytes:
-    """A whole HTTP/1.1 request."""
-    content = b"" if body is None else json.dumps(body).encode()
-    lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1"]
-    lines += [f"Authorization: Bearer {token}"] if token else []
-    lines += ["Content-Type: application/json", f"Content-Length: {len(content)}"] if content else []
-    return "\r\n".join([*lines, "", ""]).encode() + content
+class Side(NamedTuple):
+    """A server, and an endless supply of requests of each kind that it knows."""
+
+    name: str
+    server: Server
+    work: dict[str, Iterator[Wanted]]
 
 
-async def count_answers(port: int, request: bytes, status: bytes, seconds: float) -> float:
-    """Answers per second. Errors: RuntimeError for a wrong status or an early end."""
-    loop = asyncio.get_running_loop()
-    make = functools.partial(Client, request, status)
-    began = time.perf_counter()
-    clients = [(await loop.create_connection(make, "127.0.0.1", port))[1] for _ in range(CONNECTIONS)]
-    await asyncio.sleep(seconds)
-    answers, elapsed = sum(client.answers for client in clients), time.perf_counter() - began
-    for client in clients:
-        client.transport.abort()
-        if client.failure or not client.answers:
-            raise RuntimeError(f"unexpected answer: {client.failure or 'none'}")
-    return answers / elapsed
+Results = dict[tuple[str, str], list[float]]
 
 
-def rate(port: int, request: bytes, status: bytes, seconds: float) -> float:
-    """The same from outside of an event loop; uvloop where there is one, so that this side is the faster."""
-    factory = None
-    with contextlib.suppress(ImportError):
-        import uvloop
-
-        factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(count_answers(port, request, status, seconds))
+def never_asked(contender: Contender, user: User) -> Iterator[Wanted]:
+    """The newest ten that are due until a moment, another one each time, and later than all."""
+    for number in itertools.count(1):
+        moment = FAR + timedelta(milliseconds=number)
+        yield contender.list(user, contender.newest_ten_until.format(moment))
 
 
-def serve_bare(port: int) -> None:
-    """What to compare with: one FastAPI route that returns a constant, under the same uvicorn."""
-    bare = FastAPI()
-
-    @bare.get("/")
-    async def constant() -> dict[str, str]:
-        return {"status": "ok"}
-
-    uvicorn.run(bare, host="127.0.0.1", port=port, log_level="warning", access_log=False)
-
-
-@contextlib.contextmanager
-def bare_server() -> Iterator[int]:
-    """The port of a bare server on the same core, gone when the block ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen([sys.executable, __file__, "--bare", str(port)])
-    try:
-        if SERVER_CORE is not None:
-            os.sched_setaffinity(process.pid, {SERVER_CORE})
-        for _ in range(300):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.1)
-        yield port
-    finally:
-        process.kill()
-        process.wait()
+def mixed(contender: Contender, users: list[User]) -> Iterator[Wanted]:
+    """Of twenty requests nine lists, nine single tasks, an update and a new task, of anybody."""
+    dice = random.Random(1)
+    for number in itertools.count():
+        user = dice.choice(users)
+        task_id = dice.choice(user.task_ids)
+        kind = dice.randrange(20)
+        if kind < 9:
+            yield contender.list(user, contender.newest_ten)
+        elif kind < 18:
+            yield contender.one(user, task_id)
+        elif kind < 19:
+            yield contender.update(user, task_id)
+        else:
+            yield contender.create(user, number)
 
 
-def health_during_logins(server: Server) -> list[float]:
-    """Milliseconds of each GET /health while LOGINS logins run at once, sorted."""
-    credentials = {"username": "admin", "password": PASSWORD}
-    statuses: list[int] = []
-    threads = [
-        threading.Thread(
-            target=lambda: statuses.append(server.call("POST", "/api/v1/auth/login", credentials)[0]), daemon=True
-        )
-        for _ in range(LOGINS)
-    ]
-    for thread in threads:
-        thread.start()
-    times = []
-    with contextlib.closing(server.connect()) as connection:
-        while any(thread.is_alive() for thread in threads):
-            began = time.perf_counter()
-            call(connection, "GET", "/health")
-            times.append((time.perf_counter() - began) * 1000)
-            time.sleep(0.005)
-    if statuses != [200] * LOGINS:
-        raise RuntimeError(f"logins answered {statuses}")
-    return sorted(times)
+def fill(contender: Onefile | PocketBase, users: list[User]) -> None:
+    """Give everybody their tasks, and see that lists find them. Errors: RuntimeError."""
+    numbers = range(TASKS)
+    creations = (contender.create(user, number) for number in numbers for user in users)
+    run(drive(contender.server.port, creations, seconds=600))
+    for user in users:
+        task_ids, _ = contender.found(user, contender.newest_hundred)
+        user.task_ids.extend(task_ids)
+    for query in (contender.newest_ten, contender.newest_ten_until.format(FAR)):
+        task_ids, total = contender.found(users[0], query)
+        if len(task_ids) != 10 or total != TASKS:
+            raise RuntimeError(f"{contender.name} lists {len(task_ids)} of {total} tasks")
 
 
-def resident_mib(server: Server) -> float | None:
-    """Resident memory, where /proc tells it."""
-    status = Path(f"/proc/{server.process.pid}/status")
-    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) / 1024 if found else None
-
-
-def measure(server: Server, bare_port: int, seconds: float, rounds: int) -> None:
-    """Fill the server, run the rounds, print the medians."""
-    token = server.log_in()
-    for number in range(100):
-        server.call("POST", "/api/v1/tasks", {"title": f"Task {number}", "description": "Something to do. " * 8}, token)
-    status, user = server.call("POST", "/api/v1/auth/register", {"username": "writer", "password": PASSWORD})
-    if status != 201:
-        raise RuntimeError(f"register answered {status}")
-    create = request_bytes("POST", "/api/v1/tasks", user["access_token"], {"title": "One more", "priority": "high"})
-    plan = {
-        "bare FastAPI route": (bare_port, request_bytes("GET", "/"), b"200"),
-        "list 10 of 100": (server.port, request_bytes("GET", "/api/v1/tasks?page_size=10", token), b"200"),
-        "get one": (server.port, request_bytes("GET", "/api/v1/tasks/50", token), b"200"),
-        "create": (server.port, create, b"201"),
+def prepared(contender: Onefile | PocketBase, mixing: int) -> Side:
+    """Filled, and ready to be asked: one user reads, one creates, the others do both."""
+    users = [contender.sign_up(number) for number in range(mixing + 2)]
+    fill(contender, users)
+    reader, creator, *others = users
+    newest = contender.list(reader, contender.newest_ten)
+    work = {
+        AGAIN: itertools.repeat(newest),
+        FRESH: never_asked(contender, reader),
+        ONE: (contender.one(reader, task_id) for task_id in itertools.cycle(reader.task_ids)),
+        CREATE: (contender.create(creator, number) for number in itertools.count()),
+        MIX: mixed(contender, others),
     }
-    results = [{name: rate(*what, seconds) for name, what in plan.items()} for _ in range(rounds)]
-    print(f"{'':20}{'per second':>12}{'of bare':>10}   (medians of {rounds} rounds of {seconds:g} s)")
-    for name in plan:
-        per_second = statistics.median(result[name] for result in results)
-        ratio = statistics.median(result[name] / result["bare FastAPI route"] for result in results)
-        print(f"{name:20}{per_second:12,.0f}{ratio:10.1%}")
+    tag = header(run(ask_once(contender.server.port, newest)).head, b"etag").decode()
+    if tag:
+        path = f"{contender.path}?{contender.newest_ten}"
+        known = wanted("GET", path, reader.token, status=304, if_none_match=tag)
+        work[UNCHANGED] = itertools.repeat(known)
+    return Side(contender.name, contender.server, work)
+
+
+def start(stack: contextlib.ExitStack, mixing: int) -> list[Side]:
+    """Start those that can be had, and fill them; they end with the stack."""
+    temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    folder = Path(stack.enter_context(temporary))
+    bare = stack.enter_context(contextlib.closing(start_bare(folder)))
+    constant = itertools.repeat(wanted("GET", "/"))
+    sides = [Side(BARE, bare, dict.fromkeys(KINDS, constant))]
+    app = stack.enter_context(contextlib.closing(start_app(folder / "app")))
+    sides.append(prepared(Onefile(app), mixing))
+    try:
+        program = install_pocketbase()
+    except (subprocess.CalledProcessError, OSError) as error:
+        print(f"PocketBase is missing, {POCKETBASE} could not be installed: {error}")
+        return sides
+    other = stack.enter_context(contextlib.closing(start_pocketbase(program, folder / "other")))
+    sides.append(prepared(PocketBase(other), mixing))
+    return sides
+
+
+def measure(sides: list[Side], rounds: int, seconds: float) -> tuple[Results, float]:
+    """The rates of each work on each side, round after round; how busy the client was at most."""
+    pairs = [(kind, side) for kind in KINDS for side in sides if kind in side.work]
+    for kind, side in pairs:
+        run(drive(side.server.port, side.work[kind], WARM_UP_SECONDS))
+    results: Results = {(kind, side.name): [] for kind, side in pairs}
+    busiest = 0.0
+    for _ in range(rounds):
+        for kind, side in pairs:
+            rate: Rate = run(drive(side.server.port, side.work[kind], seconds))
+            results[kind, side.name].append(rate.per_second)
+            busiest = max(busiest, rate.client_share)
+    return results, busiest
+
+
+def row(results: Results, kind: str) -> str:
+    """A line of the table: medians, and the median of the ratios of each round."""
+    ours = results[kind, Onefile.name]
+    cells = [kind, f"{statistics.median(ours):,.0f}"]
+    for name in (PocketBase.name, BARE):
+        theirs = results.get((kind, name))
+        if theirs:
+            ratios = [own / other for own, other in zip(ours, theirs, strict=True)]
+            cells += [f"{statistics.median(theirs):,.0f}", f"{statistics.median(ratios):.2f}"]
+        else:
+            cells += ["", ""]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
-    """Parse the command line and print the figures."""
+    """Parse the command line, measure, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--bare", type=int, metavar="PORT", help="serve the bare route and nothing else")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
+    parser.add_argument("--users", type=int, default=100, help="of the mix")
     arguments = parser.parse_args()
-    if arguments.bare:
-        serve_bare(arguments.bare)
-        return
-    if SERVER_CORE is not None and (others := os.sched_getaffinity(0) - {SERVER_CORE}):
-        os.sched_setaffinity(0, others)
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as data_dir,
-        bare_server() as bare_port,
-        running(data_dir, SERVER_CORE) as server,
-    ):
-        measure(server, bare_port, arguments.seconds, arguments.rounds)
-        times = health_during_logins(server)
-        p50, p99 = (times[int(len(times) * part)] for part in (0.5, 0.99))
-        print(f"GET /health during {LOGINS} logins: p50 {p50:.1f} ms, p99 {p99:.1f} ms, max {times[-1]:.1f} ms")
-        if memory := resident_mib(server):
-            print(f"resident memory afterwards: {memory:.0f} MiB")
-        print(f"start to first answer: {server.start_seconds:.2f} s")
+    with contextlib.ExitStack() as stack:
+        sides = start(stack, arguments.users)
+        results, busiest = measure(sides, arguments.rounds, arguments.seconds)
+        memory = [f"{side.name} {side.server.resident_mib():.0f} MiB" for side in sides]
+    print(
+        f"Requests per second, medians of {arguments.rounds} rounds of {arguments.seconds:g} s.\n"
+    )
+    print(f"| work | {Onefile.name} | {PocketBase.name} | ratio | {BARE} | ratio |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for kind in KINDS:
+        print(row(results, kind))
+    print(f"\nResident memory afterwards: {', '.join(memory)}.")
+    print(f"The client was busy for {busiest:.0%} of the time at most.")
 
 
 if __name__ == "__main__":
