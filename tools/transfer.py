@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Take your tasks out of a Onefile Tasks server, or put them into one, over HTTP.
 
 Run    transfer.py export > tasks.jsonl          one task a line, as the API shows it
@@ -46,7 +45,7 @@ TIMEOUT_SECONDS = 30.0
 PAUSES_SECONDS = [1, 2, 4, 8]  # Before each new try when nobody answers; then it gives up.
 MAX_LINE_BYTES = 2**20  # The largest task takes 130 KB, every character of it escaped.
 TERMINAL_COLUMNS = 79
-HINT = "Make an API token: python app.py token NAME"
+HINT = "`python app.py token NAME` makes one."
 
 # What an import sends beside the title, with the API's defaults; what belongs to the old instance.
 DEFAULTS = {"description": None, "status": "todo", "priority": "medium", "due_date": None}
@@ -118,7 +117,7 @@ class Server:
         self.told: set[str] = set()
         if not re.fullmatch("[!-~]+", token.strip()):
             what = "holds what no token has" if token.strip() else "is not set"
-            raise Stop(f"ONEFILE_TOKEN {what}. {HINT}")
+            raise Stop(f"ONEFILE_TOKEN {what}: {HINT}")
         if not re.match("https?://[^/]", self.url):
             raise Stop(f"ONEFILE_URL is {url}: it wants http:// or https:// and a host")
         headers = {"Authorization": f"Bearer {token.strip()}"}
@@ -167,12 +166,11 @@ class Server:
         if response.is_success or status == 410:
             return response
         if status in (401, 403):
-            raise Stop(f"{message} ONEFILE_TOKEN wants an API token. {HINT}")
+            raise Stop(f"{message} ONEFILE_TOKEN wants an API token: {HINT}")
         if status in (400, 413, 422) and '"storage_full"' not in response.text:
             raise Refused(message)
-        if message.startswith("HTTP"):
-            raise Stop(f"{self.url} is no Onefile Tasks ({message}): is ONEFILE_URL right?")
-        raise Stop(message)
+        hint = " Is ONEFILE_URL right?" if status in (301, 302, 307, 308, 404, 405) else ""
+        raise Stop(f"{self.url}: {message.rstrip('.')}.{hint}")
 
     def count_tasks(self) -> int:
         """How many tasks there are. Errors: Stop, also if this is not our kind of server."""
@@ -180,7 +178,7 @@ class Server:
         try:
             return int(response.json()["meta"]["total"])
         except (ValueError, KeyError, TypeError):
-            raise Stop(f"{self.url} is no Onefile Tasks: is ONEFILE_URL right?") from None
+            raise Stop(f"{self.url}: no Onefile Tasks. Is ONEFILE_URL right?") from None
 
 
 # ── Export ──────────────────────────────────────────────────────────────────────────────────────
@@ -247,8 +245,8 @@ def export_tasks(server: Server, as_csv: bool) -> int:
         written += len(tasks)
         attachments += sum(task["attachments"] for task in tasks)
         progress.show(written, f"{written} of {progress.whole} tasks")
-    left = f"; their {attachments} attachments stay behind" if attachments else ""
-    say(f"{written} tasks exported{left}")
+    left = f"; attachments that stay behind: {attachments}" if attachments else ""
+    say(f"tasks exported: {written}{left}")
     return 0
 
 
@@ -368,7 +366,7 @@ def import_tasks(server: Server, file: BinaryIO, name: str) -> int:
                 say(f"{name}, line {line.number}: {refusal}")
             progress.show(line.end, summary(counts))
     except Stop as reason:
-        raise Stop(f"{reason} So far: {summary(counts)}.") from None
+        raise Stop(f"{reason} So far: {summary(counts)}." if counts else reason) from None
     say(f"{name}: {summary(counts)}")
     return 1 if counts["refused"] else 0
 
