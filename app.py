@@ -86,7 +86,7 @@ from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, get_args
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote_to_bytes, urlencode
 from weakref import WeakValueDictionary
 
 import aiosqlite
@@ -113,6 +113,7 @@ from sqlmodel import Field, SQLModel
 from starlette.background import BackgroundTask
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -153,15 +154,15 @@ def rate(text: str) -> limits.RateLimitItem:
 
 def networks(text: str) -> str:
     """Addresses and networks, comma-separated, or `*`. Errors: ValueError."""
-    if text.strip() == "*":
-        return "*"
-    found = [ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip()]
-    mapped = [
-        f"::ffff:{net.network_address}/{net.prefixlen + 96}" for net in found if net.version == 4
-    ]
-    return ",".join(
-        [*map(str, found), *mapped]
-    )  # With HOST=:: an IPv4 proxy arrives as a mapped one.
+    parts = [part for part in text.replace(" ", "").split(",") if part]
+    return ",".join(part if part == "*" else str(ipaddress.ip_network(part)) for part in parts)
+
+
+def ipv4_mapped(networks: str) -> list[str]:
+    """The same, and as what they arrive at HOST=::, such as ::ffff:10.0.0.0/104."""
+    known = networks.split(",") if networks else []
+    pairs = [part.split("/") for part in known if "." in part]
+    return [*known, *(f"::ffff:{address}/{96 + int(size)}" for address, size in pairs)]
 
 
 RateLimit = Annotated[Any, AfterValidator(rate)]
@@ -353,7 +354,7 @@ class SQLite(Database):
     """One file: a few connections that cannot write, one that writes, one for lookups by key."""
 
     engine = "sqlite"
-    failures = (sqlite3.OperationalError, OSError)
+    failures = (sqlite3.DatabaseError, OSError)
 
     async def open(self) -> None:
         """Open or create the file, readable by its owner alone. Errors: OSError; SystemExit."""
@@ -367,6 +368,7 @@ class SQLite(Database):
             upgrade(connection, self.path)
         self.inode = self.path.stat().st_ino
         self.finder = self.connect()
+        self.finder.execute("PRAGMA query_only=ON")
         self.writer = await aiosqlite.Connection(self.connect, 64)
         self.readers: asyncio.Queue[aiosqlite.Connection] = asyncio.Queue()
         for _ in range(READERS):
@@ -398,7 +400,7 @@ class SQLite(Database):
     def check(self) -> None:
         """Errors: 503, if the file is no longer the one that was opened: writes would be lost."""
         if not self.path.exists() or self.path.stat().st_ino != self.inode:
-            raise try_later("database_unavailable", "The database's file is gone. Restart me.")
+            raise try_later("database_unavailable", "The database's file is gone. Restart.")
 
     async def lookup(self, sql: str, **values: Any) -> Row | None:
         """One row by key: bounded, and so quick that it runs right here, without a hop."""
@@ -801,6 +803,18 @@ def example(**values: Any) -> Any:
     return {"json_schema_extra": {"examples": [values]}}
 
 
+def without_defaults(values: Row, schema: Row) -> None:
+    """An example for what is absent stays: with defaults, a generated client would send them."""
+    schema["examples"] = [values]
+    for field in schema["properties"].values():
+        field.pop("default", None)
+
+
+def patch_example(**values: Any) -> Any:
+    """The same for a body in which what is absent stays."""
+    return {"json_schema_extra": functools.partial(without_defaults, values)}
+
+
 class Credentials(Body):
     """A name and a password."""
 
@@ -836,7 +850,7 @@ class AdminUserCreate(Registration):
 class AdminUserUpdate(Body):
     """What an admin changes: what is absent stays."""
 
-    model_config = example(is_active=True)
+    model_config = patch_example(is_active=True)
     role: Role = "user"
     is_active: bool = True
     password: Password = ""
@@ -845,7 +859,7 @@ class AdminUserUpdate(Body):
 class UserUpdate(Body):
     """What to change; a new password needs the current one."""
 
-    model_config = example(email="alice@example.org")
+    model_config = patch_example(email="alice@example.org")
     email: Email | None = None
     password: Password = ""
     current_password: Text = ""
@@ -933,17 +947,10 @@ class TaskCreate(Body):
         return self
 
 
-def without_defaults(schema: Row) -> None:
-    """A merge patch has no defaults: a generated client would send them."""
-    schema["examples"] = [{"completed": True}]
-    for field in schema["properties"].values():
-        field.pop("default", None)
-
-
 class TaskUpdate(TaskCreate):
     """A JSON merge patch (RFC 7396): what is absent stays, null clears description and due_date."""
 
-    model_config = {"json_schema_extra": without_defaults}
+    model_config = patch_example(completed=True)
     title: Title = ""
 
 
@@ -1077,7 +1084,7 @@ class Error(BaseModel):
 class TokenRequest(BaseModel):
     """The form of RFC 6749 §4.3.2 and §6."""
 
-    grant_type: str = ""
+    grant_type: Text
     """`password` or `refresh_token`."""
     username: Text = ""
     password: Text = ""
@@ -1783,6 +1790,7 @@ async def call_webhook(text: str) -> None:
 CLEANUP_SECONDS = 3600.0
 USES_SECONDS = 60.0
 MAX_SOCKET_BYTES = 64 * 1024
+JSON_TYPE = "application/json"
 KNOWN_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "WEBSOCKET")
 POLICY = "default-src 'none'; frame-ancestors 'none'"
 DOCS_POLICY = """default-src 'self'; script-src 'self' 'unsafe-inline'; img-src 'self' data:;
@@ -1830,8 +1838,9 @@ async def opened_database() -> AsyncIterator[None]:
     """The database, open and ready. Errors: SystemExit with one line."""
     try:
         await database.open()
-    except (*database.failures, sqlite3.Error, sa.exc.DBAPIError) as error:
-        raise SystemExit(f"DATA_DIR: the database cannot be opened: {error}") from None
+    except (*database.failures, sa.exc.DBAPIError) as error:
+        why = getattr(error, "orig", error)
+        raise SystemExit(f"DATA_DIR: the database cannot be opened: {why}") from None
     try:
         settings.secret_key = load_secret_key(settings.data_dir / "secret_key")
         await create_first_admin()
@@ -1947,7 +1956,7 @@ class Conversation:
         """Headers of every answer."""
         headers = MutableHeaders(raw=list(message["headers"]))
         content_type = headers.get("content-type", "")
-        if content_type == "application/json" and "content-length" in headers:
+        if content_type == JSON_TYPE and "content-length" in headers:
             self.newline = b"\n"
             headers["content-length"] = str(int(headers["content-length"]) + 1)
         policy = DOCS_POLICY if content_type.startswith("text/html") else POLICY
@@ -2006,12 +2015,17 @@ class Gateway:
             conversation.log()
 
 
-def method_not_allowed(request: Request, fixed_only: bool = False) -> ApiError:
-    """405, with the methods of this path, or of the route without a parameter that it names."""
+FIXED_PATHS = ("/tasks/changes", "/tasks/events", "/tasks/statistics", "/tasks/trash")
+"""DELETE /tasks/changes is no task's id, but a method that this path has not."""
+
+
+def method_not_allowed(request: Request) -> ApiError:
+    """405, with the methods that the path has. Ref: RFC 9110 §15.5.6."""
     path = request.scope["path"].removeprefix(settings.root_path) or "/"
     methods = set()
     for route in iter_route_contexts(app.routes):
-        if route.path_regex.match(path) and (route.path == path or not fixed_only):
+        fits = route.path == path or not path.endswith(FIXED_PATHS)
+        if fits and route.path_regex.match(path):
             methods |= route.methods or set()
     if "GET" in methods:
         methods.add("HEAD")
@@ -2025,14 +2039,9 @@ async def on_http_exception(request: Request, error: Any) -> Response:
         error = ApiError(404, "not_found", "No such path. All of them stand in /docs.")
     elif error.status_code == 405:
         error = method_not_allowed(request)
-    elif error.status_code == 400 and not isinstance(error, ApiError):
-        form = request.headers.get("content-type", "").startswith("multipart/")
-        error = ApiError(400, "invalid_form" if form else "invalid_json", "The body is broken.")
+    elif error.detail == "There was an error parsing the body":
+        error = ApiError(400, "invalid_json", "The body cannot be read.")
     return error_response(error, exchange_of(request).request_id)
-
-
-FIXED_PATHS = ("/tasks/changes", "/tasks/events", "/tasks/statistics", "/tasks/trash")
-"""DELETE /tasks/changes is no task's id, but a method that this path has not."""
 
 
 def refused_field(problem: Any) -> tuple[str, str]:
@@ -2049,7 +2058,7 @@ async def on_validation_error(request: Request, error: Any) -> Response:
     problems = error.errors()
     if request.scope["path"].endswith("/auth/token"):
         oauth = {"error": "invalid_request", "error_description": "See /docs for the form."}
-        return JSONResponse(oauth, 400)
+        return JSONResponse(oauth, 400, {"Cache-Control": "no-store"})
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     answer = invalid([refused_field(problem) for problem in problems])
     if problems[0]["type"] == "json_invalid":
@@ -2058,7 +2067,7 @@ async def on_validation_error(request: Request, error: Any) -> Response:
         message = "Send JSON: curl --json, or the header Content-Type: application/json."
         answer = ApiError(415, "unsupported_media_type", message)
     elif problems[0]["loc"][0] == "path" and request.scope["path"].endswith(FIXED_PATHS):
-        answer = method_not_allowed(request, fixed_only=True)
+        answer = method_not_allowed(request)
     return error_response(answer, exchange_of(request).request_id)
 
 
@@ -2109,7 +2118,7 @@ if settings.cors_origins:  # No credentials: a token is no cookie. Ref: Fetch §
         expose_headers=EXPOSED_HEADERS.split(),
     )
 app.add_middleware(Gateway)
-app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)
+app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=ipv4_mapped(settings.trusted_proxies))
 
 
 def describe() -> Row:
@@ -2123,6 +2132,9 @@ def describe() -> Row:
         for operation in [each for path in schema["paths"].values() for each in path.values()]:
             if "security" in operation:
                 operation["security"].append({"bearer": []})
+            for status in ("4XX", "5XX"):  # JSON, also where the answer is text.
+                contents = operation["responses"][status]["content"]
+                operation["responses"][status]["content"] = {JSON_TYPE: contents.popitem()[1]}
     return app.openapi_schema or {}
 
 
@@ -2507,10 +2519,24 @@ FILE = {"type": "object", "properties": {"file": {"type": "string", "format": "b
 FORM = {"required": True, "content": {"multipart/form-data": {"schema": FILE}}}
 
 
+class FormParser(MultiPartParser):
+    """Starlette's, which also reads `filename*`, as .NET sends it. Ref: RFC 8187."""
+
+    def on_headers_finished(self) -> None:
+        """The head of a part: the plain name that is added last counts."""
+        part = self._current_part
+        extended = re.search(rb"filename\*=utf-8''([^;\s]+)", part.content_disposition or b"", re.I)
+        if extended and part.content_disposition:
+            name = unquote_to_bytes(extended[1]).replace(b'"', b"_")
+            part.content_disposition += b'; filename="' + name + b'"'
+        super().on_headers_finished()
+
+
 def file_name(name: str) -> str:
     """The last path segment of a name, decoded. Ref: RFC 2047; RFC 7578 §4.2."""
     if name.startswith("=?"):
-        name = str(email.header.make_header(email.header.decode_header(name)))
+        with suppress(LookupError, ValueError):  # An encoding that is none.
+            name = str(email.header.make_header(email.header.decode_header(name)))
     name = re.split(r"[/\\]", name)[-1]
     return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "_", name)[-200:]
 
@@ -2524,12 +2550,18 @@ async def uploaded_file(request: Request) -> Row:
         raise ApiError(415, "unsupported_media_type", "Send a form: curl -F file=@NAME.")
     max_bytes = settings.max_upload_mib * MIB
     exchange_of(request).max_body_bytes += max_bytes  # A form has an envelope around its file.
-    async with request.form() as form:
+    try:
+        form = await FormParser(request.headers, request.stream()).parse()
+    except MultiPartException as error:
+        raise ApiError(400, "invalid_form", f"This form is broken: {error.message}") from None
+    try:
         files = [value for value in form.values() if isinstance(value, UploadFile)]
         if len(files) != 1:
             raise ApiError(400, "invalid_form", "Send a form with one file: curl -F file=@NAME.")
+        name = file_name(files[0].filename or "")
         content = await files[0].read()
-    name = file_name(files[0].filename or "")
+    finally:
+        await form.close()
     media_type, begins = FILE_KINDS.get(name.rpartition(".")[2].lower(), ("", b"$."))
     if len(content) > max_bytes:
         raise ApiError(413, "body_too_large", f"A file has at most {max_bytes // MIB} MiB.")
@@ -2777,12 +2809,14 @@ async def grant_token(
     Limit: login per address; account, failures only
     Ref: RFC 6749 §4.3, §5.2, §6
     """
+    refusal = OAuthError(error="invalid_request", error_description="See /docs for the form.")
     try:
-        if form.grant_type == "password":
+        if form.grant_type == "password" and form.username and form.password:
             return await log_in_with(exchange, form.username, form.password)
-        if form.grant_type == "refresh_token":
+        if form.grant_type == "refresh_token" and form.refresh_token:
             return await refresh_with(exchange, form.refresh_token)
-        refusal = OAuthError(error="unsupported_grant_type", error_description="See /docs.")
+        if form.grant_type not in ("password", "refresh_token"):
+            refusal.error = "unsupported_grant_type"
     except ApiError as error:
         if error.status_code not in (401, 403):
             raise
@@ -2792,13 +2826,16 @@ async def grant_token(
 
 
 LOGOUT_SCHEMA = {"$ref": "#/components/schemas/RefreshRequest"}
-LOGOUT_BODY = {"content": {"application/json": {"schema": LOGOUT_SCHEMA}}}
+LOGOUT_BODY = {"content": {JSON_TYPE: {"schema": LOGOUT_SCHEMA}}}
+OPTIONAL: list[Row] = [{"login": []}, {}]
 END_SESSION_OF_TOKEN = """
 DELETE FROM sessions
 WHERE id IN (SELECT session_id FROM refresh_tokens WHERE token_hash = :token_hash) RETURNING id"""
 
 
-@auth.post("/logout", status_code=204, openapi_extra={"requestBody": LOGOUT_BODY})
+@auth.post(
+    "/logout", status_code=204, openapi_extra={"requestBody": LOGOUT_BODY, "security": OPTIONAL}
+)
 async def log_out(request: Request, exchange: CurrentExchange) -> None:
     """End this session: by access token, or by `refresh_token` in the body when that has expired.
 
@@ -3064,7 +3101,7 @@ async def read_health_detailed() -> HealthDetailed:
     )
 
 
-@health.get("/metrics", response_class=PlainTextResponse)
+@health.get("/metrics", response_class=PlainTextResponse, openapi_extra={"security": OPTIONAL})
 async def read_metrics(request: Request) -> Response:
     """Figures for Prometheus, for an admin unless METRICS says else. Errors: 401; 403; 404 off."""
     if settings.metrics == "off":
@@ -3196,6 +3233,7 @@ def serve(reload: bool) -> None:
         ws_per_message_deflate=False,
         timeout_graceful_shutdown=5,
         log_config=None,
+        log_level="critical",
         proxy_headers=False,
     )
     try:
