@@ -399,7 +399,11 @@ class SQLite(Database):
 
     def check(self) -> None:
         """Errors: 503, if the file is no longer the one that was opened: writes would be lost."""
-        if not self.path.exists() or self.path.stat().st_ino != self.inode:
+        try:
+            same = os.stat(self.path).st_ino == self.inode
+        except FileNotFoundError:
+            same = False
+        if not same:
             raise try_later("database_unavailable", "The database's file is gone. Restart.")
 
     async def lookup(self, sql: str, **values: Any) -> Row | None:
@@ -704,6 +708,7 @@ SESSION_COLUMNS = ", ".join(SessionPublic.model_fields)
 TASK_COLUMNS = ", ".join(TaskPublic.model_fields)
 JOINED_TASK_COLUMNS = ", ".join(f"tasks.{name}" for name in TaskPublic.model_fields)
 ATTACHMENT_COLUMNS = ", ".join(AttachmentPublic.model_fields)
+TASK = pydantic.TypeAdapter(TaskPublic)
 TASK_LIST = pydantic.TypeAdapter(list[TaskPublic])
 
 # ── 5 Schemas ───────────────────────────────────────────────────────────────────────────────────
@@ -1668,13 +1673,13 @@ class Change:
             if '"' not in if_match:
                 message = f"If-Match wants quotes: {version}"
             raise ApiError(412, "version_mismatch", message)
-        return TaskPublic.model_validate(rows[0])
+        return TASK.validate_python(rows[0])
 
     async def insist_on_new(self, key: str) -> None:
         """Errors: Replayed, with the task that this Idempotency-Key created before."""
         rows = await self.db.fetch(FIND_BY_KEY, user_id=self.user.id, key=key)
         if rows:
-            raise Replayed(TaskPublic.model_validate(rows[0]))
+            raise Replayed(TASK.validate_python(rows[0]))
 
     async def create(self, values: Row) -> TaskPublic:
         """A new task. Errors: 413."""
@@ -1704,7 +1709,7 @@ class Change:
 
     def note(self, rows: list[Row]) -> TaskPublic:
         """The task that was written: the answer has its ETag, and the webhook hears of it."""
-        task = TaskPublic.model_validate(rows[0])
+        task = TASK.validate_python(rows[0])
         self.user.answer_with(ETag=f'"{task.version}"')
         self.written.append(task)
         return task
@@ -2438,15 +2443,16 @@ async def owned_task(task_id: Id, user: CurrentUser) -> TaskPublic:
     row = await database.lookup(FIND_TASK, id=task_id, user_id=user.id)
     if row is None or row["deleted_at"]:
         raise not_found("task", task_id)
-    return TaskPublic.model_validate(row)
+    return TASK.validate_python(row)
 
 
 OwnedTask = Annotated[TaskPublic, Depends(owned_task)]
 
 
 @tasks.get("/{task_id}", responses=NOT_MODIFIED)
-async def read_task(task: OwnedTask, user: CurrentUser) -> TaskPublic:
+async def read_task(task_id: Id, user: CurrentUser) -> TaskPublic:
     """One task. Errors: 404 absent or not yours."""
+    task = await owned_task(task_id, user)
     user.offer_etag(f'"{task.version}"')
     return task
 
@@ -3202,8 +3208,10 @@ async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = No
     await socket.close(*end)
 
 
+docs = app.router.routes[:]  # Tried last: FastAPI tries one route after the other.
 for router in (tasks, attachments, auth, account, live, admin, health):
     app.include_router(router)
+app.router.routes[:] = [*app.router.routes[len(docs) :], *docs]
 
 # ── 12 Command line ─────────────────────────────────────────────────────────────────────────────
 # Commands work beside a running server: the database's own locks are all that they need, and what
