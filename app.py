@@ -65,6 +65,7 @@ if sys.version_info < (3, 11):
 
 import argparse
 import asyncio
+import email.errors
 import email.header
 import functools
 import getpass
@@ -180,8 +181,6 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535)
     root_path: str = pydantic.Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
     data_dir: Path = Path("data")
-    database_url: str = pydantic.Field(default="", pattern=r"^(postgres(ql)?(\+\w+)?://.+)?$")
-    redis_url: str = pydantic.Field(default="", pattern=r"^(rediss?://.+)?$")
     secret_key: SecretStr = SecretStr("")
     admin_username: str = "admin"
     admin_password: SecretStr = SecretStr("")
@@ -294,7 +293,7 @@ def resync_required() -> ApiError:
 
 # ── 3 Database ──────────────────────────────────────────────────────────────────────────────────
 # SQL is constant text in words that SQLite and PostgreSQL share, and runs without an ORM: building
-# a statement costs more than running it. A hop to a driver's thread costs more than most statements,
+# a statement costs more than running it. A hop to a driver's thread costs more than most of them,
 # so a request makes few. Whoever waits to write shares one COMMIT with all who wait: a durable
 # commit costs a flush of the disk, however many writes it carries.
 
@@ -767,7 +766,7 @@ def uncommon(password: str) -> str:
 
 
 def parse_time(value: object, time_of_day: str = "23:59:59") -> datetime:
-    """RFC 3339 to UTC; a naive time is UTC, a bare date this time of the day. Errors: ValueError."""
+    """RFC 3339 to UTC; a naive time is UTC, a bare date that time of day. Errors: ValueError."""
     if not isinstance(value, str) or not re.fullmatch(RFC3339, value, re.ASCII):
         raise ValueError("must be like 2026-11-20T17:00:00Z or 2026-11-20 (in a URL, + is %2B)")
     if len(value) == 10:
@@ -787,7 +786,7 @@ Title = Annotated[str, Trimmed, StringConstraints(max_length=200), Storable]
 Time = Annotated[datetime, BeforeValidator(parse_time, str)]
 FromTime = Annotated[datetime, BeforeValidator(lambda day: parse_time(day, "00:00:00"), str)]
 ToTime = Annotated[datetime, BeforeValidator(lambda day: parse_time(day, LAST_MOMENT), str)]
-NAME_SCHEMA = {"minLength": 3, "maxLength": 50, "pattern": r"^[\w.-]+$"}
+NAME_SCHEMA = {"minLength": 3, "maxLength": 50, "pattern": r"^[^\s!-,/:-@\[-\^`{-~]+$"}
 Username = Annotated[
     str, AfterValidator(valid_username), pydantic.Field(json_schema_extra=NAME_SCHEMA)
 ]
@@ -1157,35 +1156,24 @@ def encode_access_token(user_id: int, session_id: int) -> str:
     return jwt.encode({**claims, **times, "jti": secrets.token_hex(8)}, secret_key, "HS256")
 
 
-class AccessToken(NamedTuple):
-    """What a signed access token says."""
-
-    user_id: int
-    session_id: int
-    expires_at: int
-    """Unix seconds."""
-
-
 @functools.lru_cache(maxsize=4096)
-def decode_access_token(token: str, secret_key: str) -> AccessToken | None:
-    """The claims of a token that we signed, or None. The caller looks whether it has expired."""
+def decode_access_token(token: str, secret_key: str) -> tuple[int, int, int] | None:
+    """User id, session id and expiry in Unix seconds of a token of ours, expired or not."""
     # now() compares the times, not PyJWT, so that one clock rules and a test can set it.
     options: Any = {"require": REQUIRED_CLAIMS, "verify_exp": False, "verify_iat": False}
     try:
         claims = jwt.decode(token, secret_key, ["HS256"], options, issuer=ISSUER)
         times = (claims["iat"], claims["exp"])
-        if claims["typ"] != "access" or not all(isinstance(each, int) for each in times):
-            return None
-        return AccessToken(int(claims["sub"]), int(claims["sid"]), int(claims["exp"]))
-    except (jwt.PyJWTError, ValueError, TypeError, OverflowError):
-        return None
+        if claims["typ"] == "access" and all(isinstance(each, int) for each in times):
+            return int(claims["sub"]), int(claims["sid"]), claims["exp"]
+    except (jwt.PyJWTError, ValueError, TypeError):
+        pass
+    return None
 
 
 def load_secret_key(path: Path) -> SecretStr:
     """SECRET_KEY, or the one that was generated at first and kept here. Errors: SystemExit."""
     key = settings.secret_key.get_secret_value()
-    if not key and settings.database_url:
-        raise SystemExit("SECRET_KEY: must be set with DATABASE_URL, the same for every process")
     if not key:
         if not path.exists():
             path.touch(0o600)
@@ -1273,10 +1261,11 @@ async def authenticate(authorization: str) -> Caller:
         access = decode_access_token(token, settings.secret_key.get_secret_value())
         if access is None:
             raise unauthorized("invalid_token", "This is no token of this server: log in.")
-        if access.expires_at + CLOCK_LEEWAY_SECONDS <= now().timestamp():
+        user_id, session_id, expires_at = access
+        if expires_at + CLOCK_LEEWAY_SECONDS <= now().timestamp():
             raise unauthorized("token_expired", "This token has expired: refresh, or log in.")
-        caller = await find_caller(access.session_id)
-        if caller and caller.id != access.user_id:
+        caller = await find_caller(session_id)
+        if caller and caller.id != user_id:
             caller = None
     if caller is None:
         raise unauthorized("session_ended", "This token's session has ended: log in.")
@@ -1445,8 +1434,8 @@ AdminUser = Annotated[Caller, Depends(admin_user)]
 
 # ── 9 Live updates ──────────────────────────────────────────────────────────────────────────────
 # One number per user. A write takes the next seq in its transaction, and after the commit rings its
-# user's bell. A stream is a cursor that sleeps until the bell tells a later seq, and then reads what
-# it missed. No queue per connection: whoever falls behind, by one change or a thousand, catches up.
+# user's bell. A stream is a cursor that sleeps until the bell tells a later seq, then reads what it
+# missed. No queue per connection: whoever falls behind, by one change or a thousand, catches up.
 
 MAX_STREAMS_PER_USER = 50
 STREAM_BATCH = 100
@@ -1788,8 +1777,8 @@ async def call_webhook(text: str) -> None:
 
 
 # ── 10 Application ──────────────────────────────────────────────────────────────────────────────
-# Around everything lies one ASGI layer of ours, because FastAPI's handlers run inside its middleware
-# and never see each other's failures: only the outermost layer can put an id on every answer, and
+# Around everything lies one ASGI layer of ours: FastAPI's handlers run inside its middleware and
+# never see each other's failures: only the outermost layer can put an id on every answer, and
 # turn whatever goes wrong into the envelope.
 
 CLEANUP_SECONDS = 3600.0
@@ -1970,6 +1959,8 @@ class Conversation:
         more |= self.exchange.limit_headers
         if self.status < 400:
             more |= self.exchange.headers
+        if "/auth/" in self.scope["path"]:  # Tokens are for no cache. Ref: RFC 6749 §5.1
+            more["Cache-Control"] = "no-store"
         headers.raw.extend((k.lower().encode(), v.encode("latin-1")) for k, v in more.items())
         message["headers"] = headers.raw
 
@@ -2063,7 +2054,7 @@ async def on_validation_error(request: Request, error: Any) -> Response:
     problems = error.errors()
     if request.scope["path"].endswith("/auth/token"):
         oauth = {"error": "invalid_request", "error_description": "See /docs for the form."}
-        return JSONResponse(oauth, 400, {"Cache-Control": "no-store"})
+        return JSONResponse(oauth, 400)
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     answer = invalid([refused_field(problem) for problem in problems])
     if problems[0]["type"] == "json_invalid":
@@ -2084,8 +2075,8 @@ async def on_database_failure(request: Request, error: Exception) -> Response:
     return error_response(try_later("database_unavailable", message), request_id)
 
 
-DESCRIPTION = """Tasks for one or many people. Errors have one shape; besides what a route names, any
-may answer 400 (broken JSON), 401, 413 (too large), 415 (no JSON), 422, 429 and 503."""
+DESCRIPTION = """Tasks for one or many people. Errors have one shape; besides what a route names,
+any may answer 400 (broken JSON), 401, 413 (too large), 415 (no JSON), 422, 429 and 503."""
 TAGS = {
     "auth": "Accounts, logins, and tokens for scripts.",
     "users": "The caller's own account.",
@@ -2115,13 +2106,9 @@ app.add_exception_handler(RequestValidationError, on_validation_error)
 for failure in database.failures:
     app.add_exception_handler(failure, on_database_failure)
 if settings.cors_origins:  # No credentials: a token is no cookie. Ref: Fetch §3.3
-    app.add_middleware(
-        CORSMiddleware,
-        allow_origins=settings.cors_origins.replace(" ", "").split(","),
-        allow_methods=["*"],
-        allow_headers=["*"],
-        expose_headers=EXPOSED_HEADERS.split(),
-    )
+    origins = settings.cors_origins.replace(" ", "").split(",")
+    allowed: Any = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"]}
+    app.add_middleware(CORSMiddleware, expose_headers=EXPOSED_HEADERS.split(), **allowed)
 app.add_middleware(Gateway)
 app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=ipv4_mapped(settings.trusted_proxies))
 
@@ -2251,15 +2238,8 @@ async def page_of_tasks(user: Caller, path: str, query: TaskQuery, **more: Any) 
     return TASK_PAGE.dump_json(TASK_PAGE.validate_python(page))
 
 
-class CachedPage(NamedTuple):
-    """An encoded page: right as long as its user's seq, which comes with each request, stays."""
-
-    seq: int
-    body: bytes
-    link: str
-
-
-cached_pages: dict[tuple[int, str], CachedPage] = {}
+cached_pages: dict[tuple[int, str], tuple[int, bytes, str]] = {}
+"""By user and query: the user's seq, the page encoded, its Link. Right as long as the seq stays."""
 MAX_CACHED_PAGES = 1000
 MAX_CACHED_BYTES = 32 * 1024  # Of one page.
 TASK_PAGE = pydantic.TypeAdapter(Page[TaskPublic])
@@ -2284,16 +2264,16 @@ async def list_tasks(user: CurrentUser, query: TaskFilter) -> Response:
     key = (user.id, query.model_dump_json(exclude_unset=True))
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
     user.offer_etag(f'W/"{user.seq}-{digest[:16]}"')
-    cached = cached_pages.get(key)
-    if cached is None or cached.seq != user.seq:
+    seq, body, link = cached_pages.get(key, (-1, b"", ""))
+    if seq != user.seq:
         body = await page_of_tasks(user, path, query, owner_id=user.id)
-        cached = CachedPage(user.seq, body, user.exchange.headers["Link"])
+        link = user.exchange.headers["Link"]
+        if len(cached_pages) >= MAX_CACHED_PAGES:
+            cached_pages.clear()
         if len(body) <= MAX_CACHED_BYTES:
-            if len(cached_pages) >= MAX_CACHED_PAGES:
-                cached_pages.clear()
-            cached_pages[key] = cached
-    user.answer_with(Link=cached.link)
-    return JSON(cached.body)
+            cached_pages[key] = (user.seq, body, link)
+    user.answer_with(Link=link)
+    return JSON(body)
 
 
 class JSON(Response):
@@ -2541,7 +2521,7 @@ class FormParser(MultiPartParser):
 def file_name(name: str) -> str:
     """The last path segment of a name, decoded. Ref: RFC 2047; RFC 7578 §4.2."""
     if name.startswith("=?"):
-        with suppress(LookupError, ValueError):  # An encoding that is none.
+        with suppress(LookupError, ValueError, email.errors.MessageError):  # No such encoding.
             name = str(email.header.make_header(email.header.decode_header(name)))
     name = re.split(r"[/\\]", name)[-1]
     return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "_", name)[-200:]
@@ -2708,15 +2688,7 @@ async def log_in_with(exchange: Exchange, name: str, password: str) -> TokenPair
         return await start_session(db, exchange, user["id"])
 
 
-def no_store(response: Response) -> None:
-    """Tokens are for no cache. Ref: RFC 6749 §5.1."""
-    response.headers["Cache-Control"] = "no-store"
-
-
-SECRET = Depends(no_store)
-
-
-@auth.post("/register", status_code=201, dependencies=[limited("register"), SECRET])
+@auth.post("/register", status_code=201, dependencies=[limited("register")])
 async def register(body: Registration, exchange: CurrentExchange) -> Registered:
     """Create an account and log in.
 
@@ -2732,7 +2704,7 @@ async def register(body: Registration, exchange: CurrentExchange) -> Registered:
     return Registered(**tokens.model_dump(), user=UserPublic.model_validate(user))
 
 
-@auth.post("/login", dependencies=[limited("login"), SECRET])
+@auth.post("/login", dependencies=[limited("login")])
 async def log_in(body: Credentials, exchange: CurrentExchange) -> TokenPair:
     """Exchange a username and a password for tokens.
 
@@ -2757,38 +2729,32 @@ EXTEND_SESSION = "UPDATE sessions SET expires_at = :expires_at WHERE id = :id"
 END_SESSION = "DELETE FROM sessions WHERE id = :id"
 
 
-async def rotate(exchange: Exchange, token: str) -> TokenPair | None:
-    """The next tokens for a refresh token, which is used up; None for one that is not fresh.
+async def refresh_with(exchange: Exchange, token: str) -> TokenPair:
+    """The next tokens for a refresh token, which is used up. Errors: 401.
 
     USE_REFRESH_TOKEN is the one atomic statement: of N racing requests, one gets a row. The session
     is locked before its token, as a logout does it, so that the two cannot wait for each other.
     """
+    tokens = None
     this = {"token_hash": token_hash(token), "a_second_ago": now() - timedelta(seconds=1)}
     async with database.transaction() as db:
         found = await db.fetch(FIND_REFRESH_TOKEN, **this)
-        if not found:
-            return None
-        session_id = found[0]["session_id"]
+        session_id = found[0]["session_id"] if found else 0
         locked = await db.fetch(LOCK_SESSION, id=session_id, **client_columns(exchange))
         if locked and await db.fetch(USE_REFRESH_TOKEN, **this):
-            last = SessionPublic.model_validate(locked[0]).created_at + timedelta(days=SESSION_DAYS)
+            session = SessionPublic.model_validate(locked[0])
+            last = session.created_at + timedelta(days=SESSION_DAYS)
             end = min(now() + timedelta(days=settings.refresh_token_days), last)
             await db.fetch(EXTEND_SESSION, id=session_id, expires_at=end)
-            return await issue_tokens(db, locked[0]["user_id"], session_id, end)
-        if found[0]["replayed"]:
+            tokens = await issue_tokens(db, locked[0]["user_id"], session_id, end)
+        elif found and found[0]["replayed"]:
             await db.fetch(END_SESSION, id=session_id)
-        return None
-
-
-async def refresh_with(exchange: Exchange, token: str) -> TokenPair:
-    """The next tokens. Errors: 401."""
-    tokens = await rotate(exchange, token)
     if tokens is None:
         raise unauthorized("invalid_refresh_token", "This refresh token is not valid: log in.")
     return tokens
 
 
-@auth.post("/refresh", dependencies=[limited("refresh"), SECRET])
+@auth.post("/refresh", dependencies=[limited("refresh")])
 async def refresh(body: RefreshRequest, exchange: CurrentExchange) -> TokenPair:
     """Exchange a refresh token for the next pair. It works once.
 
@@ -2805,7 +2771,7 @@ async def refresh(body: RefreshRequest, exchange: CurrentExchange) -> TokenPair:
 OAUTH_ERROR: Responses = {400: {"model": OAuthError}}
 
 
-@auth.post("/token", dependencies=[limited("login"), SECRET], responses=OAUTH_ERROR)
+@auth.post("/token", dependencies=[limited("login")], responses=OAUTH_ERROR)
 async def grant_token(
     form: Annotated[TokenRequest, Form()], exchange: CurrentExchange, response: Response
 ) -> TokenPair | OAuthError:
@@ -2928,7 +2894,7 @@ async def list_api_tokens(user: LoggedInUser) -> Collection[ApiTokenPublic]:
     return Collection(data=rows)
 
 
-@auth.post("/api_tokens", status_code=201, dependencies=[SECRET])
+@auth.post("/api_tokens", status_code=201)
 async def create_api_token(body: ApiTokenCreate, user: RecentUser) -> ApiTokenCreated:
     """A token for a script, shown only now. It reaches tasks, and nothing of accounts.
 
@@ -3146,10 +3112,8 @@ def close_code(error: Exception) -> tuple[int, str]:
         return (4401 if error.status_code == 401 else 1013), error.detail
     if isinstance(error, TimeoutError):
         return 4401, "no token came in time"
-    if isinstance(error, pydantic.ValidationError):
-        return 1003, 'the first frame is {"token": "…", "since": 17}'
-    if isinstance(error, KeyError):
-        return 1003, "frames are text"
+    if isinstance(error, KeyError | pydantic.ValidationError):
+        return 1003, 'frames are text; the first one is {"token": "…", "since": 17}'
     return 1007, "frames are JSON"
 
 
