@@ -509,6 +509,37 @@ def copy_database(source: Path, target: Path) -> None:
 database = SQLite()
 
 
+def is_ours(_item: Any, _name: Any, _kind: str, reflected: bool, compared_to: Any) -> bool:
+    """What Alembic compares: not what only the database has. Litestream keeps tables there."""
+    return not reflected or compared_to is not None
+
+
+def add_what_is_missing(connection: sa.Connection, path: Path) -> None:
+    """Add tables, nullable or defaulted columns and indexes, after a copy; nothing else, ever.
+
+    Errors: SystemExit that names what would need more
+    """
+    from alembic.autogenerate import produce_migrations
+    from alembic.migration import MigrationContext
+    from alembic.operations import Operations, ops
+
+    context = MigrationContext.configure(connection, opts={"include_object": is_ours})
+    found: Any = produce_migrations(context, SQLModel.metadata).upgrade_ops
+    steps: list[Any] = []
+    for step in found.ops:
+        steps += step.ops if isinstance(step, ops.ModifyTableOps) else [step]
+    for step in steps:
+        column = getattr(step, "column", None)
+        optional = column is not None and (column.nullable or column.server_default is not None)
+        if not optional and not isinstance(step, ops.CreateTableOp | ops.CreateIndexOp):
+            raise SystemExit(f"No upgrade in place makes this database fit: {step.to_diff_tuple()}")
+    copy = path.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db")
+    copy_database(path, copy)
+    print(f"  Upgrade    the database as it was is kept in {copy}", flush=True)
+    for step in steps:
+        Operations(context).invoke(step)
+
+
 def upgrade(connection: sa.Connection, path: Path) -> None:
     """Create the tables, or add what they lack. When the version is right, nothing is looked at.
 
@@ -527,37 +558,6 @@ def upgrade(connection: sa.Connection, path: Path) -> None:
     else:
         add_what_is_missing(connection, path)
     connection.exec_driver_sql(f"INSERT INTO schema_version (version) VALUES ({SCHEMA_VERSION})")
-
-
-def is_ours(_item: Any, _name: Any, _kind: str, reflected: bool, compared_to: Any) -> bool:
-    """What Alembic compares: not what only the database has. Litestream keeps tables there."""
-    return not reflected or compared_to is not None
-
-
-def add_what_is_missing(connection: sa.Connection, path: Path) -> None:
-    """Add tables, nullable or defaulted columns and indexes, after a copy; nothing else, ever.
-
-    Errors: SystemExit that names what would need more
-    """
-    from alembic.autogenerate import produce_migrations
-    from alembic.migration import MigrationContext
-    from alembic.operations import Operations, ops
-
-    context = MigrationContext.configure(connection, opts={"include_object": is_ours})
-    steps: list[Any] = []
-    found: Any = produce_migrations(context, SQLModel.metadata).upgrade_ops
-    for step in found.ops:
-        steps += step.ops if isinstance(step, ops.ModifyTableOps) else [step]
-    for step in steps:
-        column = getattr(step, "column", None)
-        optional = column is not None and (column.nullable or column.server_default is not None)
-        if not optional and not isinstance(step, ops.CreateTableOp | ops.CreateIndexOp):
-            raise SystemExit(f"No upgrade in place makes this database fit: {step.to_diff_tuple()}")
-    copy = path.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db")
-    copy_database(path, copy)
-    print(f"  Upgrade    the database as it was is kept in {copy}", flush=True)
-    for step in steps:
-        Operations(context).invoke(step)
 
 
 # ── 4 Tables ────────────────────────────────────────────────────────────────────────────────────
@@ -1328,29 +1328,22 @@ def address_key(exchange: Exchange) -> str:
         return "local"
 
 
-def hit(limit: limits.RateLimitItem, name: str, key: str, cost: int) -> tuple[bool, int, float]:
-    """Count in this process. Returns whether that is allowed, what remains, when it resets."""
-    allowed = limiter.hit(limit, name, key, cost=cost) if cost else True
-    reset, remaining = limiter.get_window_stats(limit, name, key)
-    if reset > time.time() + limit.get_expiry() + 1:  # The clock went back: it would stay full.
-        limiter.clear(limit, name, key)
-        return hit(limit, name, key, cost)
-    return allowed, remaining, reset
-
-
 async def count(exchange: Exchange, name: str, key: str, cost: int = 1) -> None:
     """Count against RATE_LIMIT_<name>; with cost 0 only look. Errors: 429. Ref: RFC 6585 §4."""
     if settings.rate_limits == "off":
         return
     limit: limits.RateLimitItem = getattr(settings, f"rate_limit_{name}")
-    allowed, remaining, reset = hit(limit, name, key, cost)
+    if limiter.get_window_stats(limit, name, key).reset_time > time.time() + limit.get_expiry() + 1:
+        limiter.clear(limit, name, key)  # The clock went back: this window would stay full.
+    allowed = limiter.hit(limit, name, key) if cost else limiter.test(limit, name, key)
+    reset, remaining = limiter.get_window_stats(limit, name, key)
     seconds = min(max(1, math.ceil(reset - time.time())), limit.get_expiry())
     if remaining <= exchange.remaining:
         exchange.remaining = remaining
         reset = int(time.time()) + seconds
         figures = {"Limit": limit.amount, "Remaining": max(0, remaining), "Reset": reset}
         exchange.limit_headers = {f"X-RateLimit-{each}": str(n) for each, n in figures.items()}
-    if not allowed or (cost == 0 and remaining <= 0):
+    if not allowed:
         message = f"Too many requests. Try again in {seconds} s."
         raise ApiError(429, "rate_limited", message, {"Retry-After": str(seconds)})
 
@@ -2201,16 +2194,6 @@ FROM tasks WHERE {where}
 ORDER BY {SORT_KEYS[sort]} {order}, id {order} LIMIT :limit OFFSET :offset"""
 
 
-def filter_values(query: TaskQuery, more: Row) -> Row:
-    """The filters that a query names, with the values that their SQL wants."""
-    values = query.model_dump(include=set(FILTERS), exclude_none=True) | more
-    for name in ("status", "priority"):
-        values[name] = ",".join(values[name])
-    if query.search:
-        values["search"] = "%" + re.sub("([!%_])", r"!\1", folded(query.search)) + "%"
-    return {name: value for name, value in values.items() if value != ""}
-
-
 async def page_of(user: Caller, path: str, query: PageQuery, sql: str, **values: Any) -> Any:
     """A page of rows that carry their total, with its Link header. Ref: RFC 8288. Errors: 503."""
     size = query.page_size
@@ -2232,7 +2215,11 @@ async def page_of(user: Caller, path: str, query: PageQuery, sql: str, **values:
 
 async def page_of_tasks(user: Caller, path: str, query: TaskQuery, **more: Any) -> bytes:
     """One page of tasks, encoded. Errors: 503 too_slow."""
-    values = filter_values(query, more)
+    values = query.model_dump(include=set(FILTERS), exclude_defaults=True) | more
+    for name in values.keys() & {"status", "priority"}:
+        values[name] = ",".join(values[name])
+    if query.search:
+        values["search"] = "%" + re.sub("([!%_])", r"!\1", folded(query.search)) + "%"
     sql = select_tasks(tuple(values), query.deleted, query.sort, query.order)
     page = await page_of(user, path, query, sql, **values)
     return TASK_PAGE.dump_json(TASK_PAGE.validate_python(page))
@@ -2518,15 +2505,6 @@ class FormParser(MultiPartParser):
         super().on_headers_finished()
 
 
-def file_name(name: str) -> str:
-    """The last path segment of a name, decoded. Ref: RFC 2047; RFC 7578 §4.2."""
-    if name.startswith("=?"):
-        with suppress(LookupError, ValueError, email.errors.MessageError):  # No such encoding.
-            name = str(email.header.make_header(email.header.decode_header(name)))
-    name = re.split(r"[/\\]", name)[-1]
-    return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "_", name)[-200:]
-
-
 async def uploaded_file(request: Request) -> Row:
     """The columns of the file in a form; other fields are ignored.
 
@@ -2544,10 +2522,15 @@ async def uploaded_file(request: Request) -> Row:
         files = [value for value in form.values() if isinstance(value, UploadFile)]
         if len(files) != 1:
             raise ApiError(400, "invalid_form", "Send a form with one file: curl -F file=@NAME.")
-        name = file_name(files[0].filename or "")
+        name = files[0].filename or ""
         content = await files[0].read()
     finally:
         await form.close()
+    with suppress(LookupError, ValueError, email.errors.MessageError):  # Ref: RFC 2047
+        if name.startswith("=?"):
+            name = str(email.header.make_header(email.header.decode_header(name)))
+    name = re.split(r"[/\\]", name)[-1]  # Ref: RFC 7578 §4.2
+    name = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "_", name)[-200:]
     media_type, begins = FILE_KINDS.get(name.rpartition(".")[2].lower(), ("", b"$."))
     if len(content) > max_bytes:
         raise ApiError(413, "body_too_large", f"A file has at most {max_bytes // MIB} MiB.")
@@ -3194,20 +3177,11 @@ class Server(uvicorn.Server):
 
 def serve(reload: bool) -> None:
     """Listen, say where, and serve until Ctrl-C or SIGTERM. Errors: SystemExit."""
-    config = uvicorn.Config(
-        "app:app" if reload else app,
-        host=settings.host,
-        port=settings.port,
-        reload=reload,
-        http="h11",
-        ws=BoundedWebSocket,
-        ws_max_size=MAX_SOCKET_BYTES,
-        ws_per_message_deflate=False,
-        timeout_graceful_shutdown=5,
-        log_config=None,
-        log_level="critical",
-        proxy_headers=False,
-    )
+    options: Any = {"host": settings.host, "port": settings.port, "reload": reload}
+    options |= {"http": "h11", "ws": BoundedWebSocket, "ws_max_size": MAX_SOCKET_BYTES}
+    options |= {"ws_per_message_deflate": False, "proxy_headers": False}
+    options |= {"timeout_graceful_shutdown": 5, "log_config": None, "log_level": "critical"}
+    config = uvicorn.Config("app:app" if reload else app, **options)
     try:
         listener = config.bind_socket()
     except SystemExit:
