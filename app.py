@@ -83,7 +83,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, get_args
@@ -778,14 +778,15 @@ def parse_time(value: object, time_of_day: str = "23:59:59") -> datetime:
         raise ValueError("must be a moment between the years 1 and 9999") from None
 
 
-LAST_MOMENT = "23:59:59.999999"
+first_moment = functools.partial(parse_time, time_of_day="00:00:00")
+last_moment = functools.partial(parse_time, time_of_day="23:59:59.999999")
 Storable = AfterValidator(storable)
 Trimmed = StringConstraints(strip_whitespace=True, min_length=1)
 Text = Annotated[str, StringConstraints(max_length=10_000), Storable]
 Title = Annotated[str, Trimmed, StringConstraints(max_length=200), Storable]
-Time = Annotated[datetime, BeforeValidator(parse_time, str)]
-FromTime = Annotated[datetime, BeforeValidator(lambda day: parse_time(day, "00:00:00"), str)]
-ToTime = Annotated[datetime, BeforeValidator(lambda day: parse_time(day, LAST_MOMENT), str)]
+Time = Annotated[datetime, BeforeValidator(parse_time, datetime | date)]
+FromTime = Annotated[datetime, BeforeValidator(first_moment, datetime | date)]
+ToTime = Annotated[datetime, BeforeValidator(last_moment, datetime | date)]
 NAME_SCHEMA = {"minLength": 3, "maxLength": 50, "pattern": r"^[^\s!-,/:-@\[-\^`{-~]+$"}
 Username = Annotated[
     str, AfterValidator(valid_username), pydantic.Field(json_schema_extra=NAME_SCHEMA)
@@ -2114,6 +2115,8 @@ def describe() -> Row:
         text = "An API token, or an access token."
         bearer = {"type": "http", "scheme": "bearer", "description": text}
         schema["components"]["securitySchemes"]["bearer"] = bearer
+        events = schema["paths"][f"{API}/tasks/events"]["get"]["responses"]["200"]["content"]
+        events["text/event-stream"] = {"schema": {"type": "string"}}  # itemSchema is OpenAPI 3.2.
         for operation in [each for path in schema["paths"].values() for each in path.values()]:
             if "security" in operation:
                 operation["security"].append({"bearer": []})
@@ -2488,8 +2491,9 @@ FILE_KINDS = {  # Extension: media type, and a pattern of how the content begins
     "zip": ("application/zip", rb"PK(\x03\x04|\x05\x06)"),
 }
 MAX_ATTACHMENTS = 100
-FILE = {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}}
-FORM = {"required": True, "content": {"multipart/form-data": {"schema": FILE}}}
+FILE = {"file": {"type": "string", "format": "binary"}}
+FORM_SCHEMA = {"type": "object", "required": ["file"], "properties": FILE}
+FORM = {"required": True, "content": {"multipart/form-data": {"schema": FORM_SCHEMA}}}
 
 
 class FormParser(MultiPartParser):
