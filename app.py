@@ -751,9 +751,10 @@ def username_key(text: str) -> str:
 
 def valid_username(text: str) -> str:
     """Trimmed, NFKC, then letters and digits of any script, `.`, `_`, `-`. Errors: ValueError."""
-    name = unicodedata.normalize("NFKC", storable(text.strip()[:100]))
+    text = text.strip()
+    name = unicodedata.normalize("NFKC", storable(text[:51]))
     allowed = all(each in "._-" or unicodedata.category(each)[0] in "LMN" for each in name)
-    if not allowed or not 3 <= len(name) <= 50:
+    if not allowed or len(text) > 50 or not 3 <= len(name) <= 50:
         raise ValueError("must be 3 to 50 letters, digits, '.', '_' or '-'")
     return name
 
