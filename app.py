@@ -65,7 +65,6 @@ if sys.version_info < (3, 11):
 
 import argparse
 import asyncio
-import email.errors
 import email.header
 import functools
 import getpass
@@ -84,7 +83,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
 from datetime import UTC, date, datetime, timedelta
-from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, get_args
 from urllib.parse import quote, unquote_to_bytes, urlencode
@@ -107,7 +105,7 @@ from fastapi.routing import iter_route_contexts
 from fastapi.security import OAuth2PasswordBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from fastapi_offline import FastAPIOffline
-from pydantic import AfterValidator, BaseModel, BeforeValidator, SecretStr, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, StringConstraints
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from slowapi import Limiter
 from sqlmodel import Field, SQLModel
@@ -134,10 +132,8 @@ T = TypeVar("T")
 log = logging.getLogger("onefile_tasks")
 
 # What /metrics shows; the rest is in the labels: status 429 is a limit, 401 a wrong password.
-prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
-REQUESTS = prometheus_client.Histogram(
-    "onefile_tasks_http_request_seconds", "Time of requests.", ["method", "route", "status"]
-)
+LABELS = ["method", "route", "status"]
+REQUESTS = prometheus_client.Histogram("onefile_tasks_http_request_seconds", "Requests.", LABELS)
 STREAMS = prometheus_client.Gauge("onefile_tasks_live_connections", "Open streams.")
 prometheus_client.Info("onefile_tasks_build", "What runs.").info({"version": VERSION})
 
@@ -146,27 +142,17 @@ prometheus_client.Info("onefile_tasks_build", "What runs.").info({"version": VER
 # with one line that names the variable, because a server that guesses is found out later.
 
 
-def rate(text: str) -> limits.RateLimitItem:
-    """`5/minute`. Errors: ValueError, also for several rates and for a rate of 0."""
-    if not re.fullmatch(r"[1-9]\d{0,8} ?/ ?\d{0,4} ?(second|minute|hour|day|month|year)s?", text):
-        raise ValueError("must be a rate like 5/minute")
-    return limits.parse(text)
+def networks(text: str) -> list[str]:
+    """Addresses and networks, also as they arrive at HOST=::, like ::ffff:10.0.0.0/104."""
+    if text == "*":
+        return ["*"]
+    known = [ipaddress.ip_network(part) for part in re.findall(r"[^, ]+", text)]
+    mapped = [f"::ffff:{each[0]}/{96 + each.prefixlen}" for each in known if each.version == 4]
+    return [*map(str, known), *mapped]
 
 
-def networks(text: str) -> str:
-    """Addresses and networks, comma-separated, or `*`. Errors: ValueError."""
-    parts = [part for part in text.replace(" ", "").split(",") if part]
-    return ",".join(part if part == "*" else str(ipaddress.ip_network(part)) for part in parts)
-
-
-def ipv4_mapped(networks: str) -> list[str]:
-    """The same, and as what they arrive at HOST=::, such as ::ffff:10.0.0.0/104."""
-    known = networks.split(",") if networks else []
-    pairs = [part.split("/") for part in known if "." in part]
-    return [*known, *(f"::ffff:{address}/{96 + int(size)}" for address, size in pairs)]
-
-
-RateLimit = Annotated[Any, AfterValidator(rate)]
+RATE = r"^[1-9]\d{0,8} ?/ ?\d{0,4} ?(second|minute|hour|day|month|year)s?$"
+RateLimit = Annotated[str, StringConstraints(pattern=RATE), AfterValidator(limits.parse)]
 ORIGIN = r"(\*|https?://[a-z0-9.-]+(:[0-9]+)?)"
 WEBHOOK_KEY = r"^(whsec_([A-Za-z0-9+/]{4}){8,21}([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?)?$"
 
@@ -174,16 +160,14 @@ WEBHOOK_KEY = r"^(whsec_([A-Za-z0-9+/]{4}){8,21}([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/
 class Settings(BaseSettings):
     """Every knob, with its default. Meanings, units and consequences stand in .env.example."""
 
-    model_config = SettingsConfigDict(
-        env_file=".env", env_ignore_empty=True, extra="ignore", validate_default=True
-    )
+    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     root_path: str = pydantic.Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
     data_dir: Path = Path("data")
-    secret_key: SecretStr = SecretStr("")
+    secret_key: str = ""
     admin_username: str = "admin"
-    admin_password: SecretStr = SecretStr("")
+    admin_password: str = ""
     registration: Literal["open", "closed"] = "open"
     access_token_minutes: int = Field(15, ge=1, le=1440)
     refresh_token_days: int = Field(30, ge=1, le=180)
@@ -199,7 +183,7 @@ class Settings(BaseSettings):
     max_upload_mib: int = Field(5, ge=1, le=512)
     max_storage_mib: int = Field(100, ge=0, le=2**20)
     cors_origins: str = pydantic.Field(default="", pattern=rf"^({ORIGIN}(, ?{ORIGIN})*)?$")
-    trusted_proxies: Annotated[str, AfterValidator(networks)] = ""
+    trusted_proxies: Annotated[Any, AfterValidator(networks)] = ""
     docs: Literal["on", "off"] = "on"
     metrics: Literal["admin", "open", "off"] = "admin"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -210,8 +194,8 @@ class Settings(BaseSettings):
 def first_problem(error: pydantic.ValidationError, name: str = "") -> str:
     """One line that names what is wrong and shows no value, which may be a secret."""
     problem = error.errors(include_input=False, include_url=False)[0]
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{name or str(problem['loc'][0]).upper()}: {message}"
+    name = name or str(problem["loc"][0]).upper()
+    return f"{name}: {problem['msg'].removeprefix('Value error, ')}"
 
 
 def load_settings() -> Settings:
@@ -257,7 +241,7 @@ def error_response(error: HTTPException, request_id: str) -> Response:
     """The envelope of any HTTPException. A 304 has no body. Ref: RFC 9110 §15.4.5."""
     if error.status_code == 304:
         return Response(status_code=304, headers=error.headers)
-    code = getattr(error, "code", HTTPStatus(error.status_code).name.lower())
+    code = getattr(error, "code", "http_error")
     body = {"code": code, "message": str(error.detail), "request_id": request_id}
     body |= getattr(error, "details", {})
     return JSONResponse({"error": body}, error.status_code, error.headers)
@@ -307,49 +291,51 @@ sys.setswitchinterval(0.0005)  # Seconds that a driver's thread waits for the ev
 
 
 class Transaction:
-    """What the body of `async with database.transaction() as db` runs its statements by."""
+    """The transactions that share one BEGIN and one COMMIT, each in a savepoint of its own.
+
+    The first one creates the commit as a task, which queues for the same lock as the bodies: so it
+    runs when everybody who waited has had their turn, and whoever comes later is in the next group.
+    """
+
+    def __init__(self, database: "SQLite") -> None:
+        self.database = database
+        self.lost = False
+        self.committed = asyncio.create_task(self.commit())
+        self.begun = asyncio.create_task(database.writer.execute("BEGIN IMMEDIATE"))
 
     async def fetch(self, sql: str, **values: Any) -> list[Row]:
         """Run one statement; the rows that it selects or returns. :now is always there."""
-        raise NotImplementedError
+        rows = await self.database.writer.execute_fetchall(sql, {"now": now(), **values})
+        return [dict(row) for row in rows]
 
     async def insert(self, table: str, **columns: Any) -> list[Row]:
         """Insert a row and return it, or return none if a unique column has that value already."""
-        names = ", ".join(columns)
         values = ", ".join(f":{name}" for name in columns)
-        sql = f"INSERT INTO {table} ({names}) VALUES ({values}) ON CONFLICT DO NOTHING"
-        return await self.fetch(f"{sql} RETURNING *", **columns)
+        sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({values})"
+        return await self.fetch(f"{sql} ON CONFLICT DO NOTHING RETURNING *", **columns)
 
+    async def undo(self) -> None:
+        """Undo one body. A full disk has rolled back everybody's: then the whole group is lost."""
+        try:
+            await self.database.writer.execute("ROLLBACK TO body")
+        except sqlite3.Error:
+            self.lost = True
 
-class Database:
-    """What is the same for both databases. Rows are dicts; parameters are named."""
-
-    engine: str
-    failures: tuple[type[Exception], ...]
-
-    def __init__(self) -> None:
-        self.turns: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
-
-    async def fetch(self, sql: str, values: Row) -> list[Row]:
-        """All rows of one statement that only reads."""
-        raise NotImplementedError
-
-    async def read(self, user_id: int, sql: str, **values: Any) -> list[Row]:
-        """All rows of one statement: two at once for a user, 3 s each. Errors: 503 too_slow.
-
-        :user_id and :now are always there.
-        """
-        values |= {"user_id": user_id, "now": now()}
-        async with self.turns.setdefault(user_id, asyncio.Semaphore(READS_PER_USER)):
+    async def commit(self) -> None:
+        """Commit once for all. Errors: sqlite3.Error, and then nothing of the group is there."""
+        async with self.database.write_turn:
+            self.database.group = None
+            await self.begun
             try:
-                async with asyncio.timeout(READ_SECONDS):
-                    return await self.fetch(sql, values)
-            except TimeoutError:
-                message = f"This took more than {READ_SECONDS:.0f} s. Ask for less."
-                raise try_later("too_slow", message) from None
+                if self.lost:
+                    raise sqlite3.OperationalError("the transaction was rolled back")
+                await self.database.writer.commit()
+            except sqlite3.Error:
+                await self.database.writer.rollback()
+                raise
 
 
-class SQLite(Database):
+class SQLite:
     """One file: a few connections that cannot write, one that writes, one for lookups by key."""
 
     engine = "sqlite"
@@ -366,18 +352,17 @@ class SQLite(Database):
             connection.exec_driver_sql("BEGIN IMMEDIATE")  # One process upgrades, the others wait.
             upgrade(connection, self.path)
         self.inode = self.path.stat().st_ino
-        self.finder = self.connect()
-        self.finder.execute("PRAGMA query_only=ON")
+        connect_reader = functools.partial(self.connect, query_only="ON")
+        self.finder = connect_reader()
         self.writer = await aiosqlite.Connection(self.connect, 64)
         self.readers: asyncio.Queue[aiosqlite.Connection] = asyncio.Queue()
         for _ in range(READERS):
-            reader = await aiosqlite.Connection(self.connect, 64)
-            await reader.execute("PRAGMA query_only=ON")
-            self.readers.put_nowait(reader)
+            self.readers.put_nowait(await aiosqlite.Connection(connect_reader, 64))
+        self.turns: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
         self.write_turn = asyncio.Lock()
-        self.group: CommitGroup | None = None
+        self.group: Transaction | None = None
 
-    def connect(self) -> sqlite3.Connection:
+    def connect(self, query_only: str = "OFF") -> sqlite3.Connection:
         """A connection whose transactions are begun by hand."""
         options: Any = {"isolation_level": None, "check_same_thread": False}
         connection: sqlite3.Connection = sqlite3.connect(
@@ -387,23 +372,20 @@ class SQLite(Database):
         # FULL: an acknowledged write survives a power cut, not only a crash of this process.
         for pragma in "busy_timeout=10000", "synchronous=FULL", "foreign_keys=ON":
             connection.execute(f"PRAGMA {pragma}")
+        connection.execute(f"PRAGMA query_only={query_only}")
         return connection
 
     async def close(self) -> None:
-        """Close every connection, after the work that they were handed."""
+        """Close every connection; the writer last, which then takes the WAL into the file."""
         self.finder.close()
-        await self.writer.close()
         while not self.readers.empty():
             await self.readers.get_nowait().close()
+        await self.writer.close()
 
     def check(self) -> None:
-        """Errors: 503, if the file is no longer the one that was opened: writes would be lost."""
-        try:
-            same = os.stat(self.path).st_ino == self.inode
-        except FileNotFoundError:
-            same = False
-        if not same:
-            raise try_later("database_unavailable", "The database's file is gone. Restart.")
+        """Errors: OSError, if the file is not the one that was opened: writes would be lost."""
+        if os.stat(self.path).st_ino != self.inode:
+            raise OSError(f"{self.path} is another file now: restart")
 
     async def lookup(self, sql: str, **values: Any) -> Row | None:
         """One row by key: bounded, and so quick that it runs right here, without a hop."""
@@ -411,15 +393,24 @@ class SQLite(Database):
         row = self.finder.execute(sql, values).fetchone()
         return dict(row) if row else None
 
-    async def fetch(self, sql: str, values: Row) -> list[Row]:
-        """All rows of one statement. Whoever is cancelled or late interrupts it."""
-        reader = await self.readers.get()
-        try:
-            rows = await reader.execute_fetchall(sql, values)
-        finally:
-            await reader.interrupt()
-            self.readers.put_nowait(reader)
-        return [dict(row) for row in rows]
+    async def read(self, user_id: int, sql: str, **values: Any) -> list[Any]:
+        """All rows of one statement: two at once for a user, 3 s each. Errors: 503 too_slow.
+
+        :user_id and :now are always there. Whoever is cancelled or late interrupts it.
+        """
+        values |= {"user_id": user_id, "now": now()}
+        async with self.turns.setdefault(user_id, asyncio.Semaphore(READS_PER_USER)):
+            reader = await self.readers.get()
+            try:
+                async with asyncio.timeout(READ_SECONDS):
+                    rows = await reader.execute_fetchall(sql, values)
+            except TimeoutError:
+                message = f"This took more than {READ_SECONDS:.0f} s. Ask for less."
+                raise try_later("too_slow", message) from None
+            finally:
+                await reader.interrupt()
+                self.readers.put_nowait(reader)
+            return [dict(row) for row in rows]
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
@@ -428,68 +419,17 @@ class SQLite(Database):
         try:
             async with self.write_turn:
                 self.check()
-                group = self.group = self.group or CommitGroup(self)
-                async with group.savepoint():
+                group = self.group = self.group or Transaction(self)
+                await asyncio.shield(group.begun)
+                await self.writer.execute("SAVEPOINT body")
+                try:
                     yield group
+                except BaseException:
+                    await asyncio.shield(group.undo())
+                    raise
         finally:  # Whoever failed waits, too: a 404 may speak of rows that are not committed yet.
             if group:
                 await asyncio.shield(group.committed)
-
-
-class CommitGroup(Transaction):
-    """The transactions that share one BEGIN and one COMMIT, each in a savepoint of its own.
-
-    The first one creates the commit as a task, which queues for the same lock as the bodies: so it
-    runs when everybody who waited has had their turn, and whoever comes later is in the next group.
-    """
-
-    def __init__(self, database: SQLite) -> None:
-        self.database = database
-        self.writer = database.writer
-        self.lost = False
-        self.committed = asyncio.create_task(self.commit())
-        self.begun = asyncio.create_task(self.writer.execute("BEGIN IMMEDIATE"))
-
-    @asynccontextmanager
-    async def savepoint(self) -> AsyncIterator[None]:
-        """What is undone if the block raises or is cancelled, without undoing the others' work."""
-        await asyncio.shield(self.begun)
-        await self.writer.execute("SAVEPOINT body")
-        try:
-            self.check()
-            yield
-        except BaseException:
-            await asyncio.shield(self.undo())
-            raise
-
-    def check(self) -> None:
-        """Errors: sqlite3.OperationalError, if the transaction is no longer there."""
-        if self.lost:
-            raise sqlite3.OperationalError("the transaction was rolled back")
-
-    async def undo(self) -> None:
-        """Undo one body. A full disk has rolled back everybody's: then the whole group is lost."""
-        try:
-            await self.writer.execute("ROLLBACK TO body")
-        except sqlite3.Error:
-            self.lost = True
-
-    async def commit(self) -> None:
-        """Commit once for all. Errors: sqlite3.Error, and then nothing of the group is there."""
-        async with self.database.write_turn:
-            self.database.group = None
-            await self.begun
-            try:
-                self.check()
-                await self.writer.commit()
-            except sqlite3.Error:
-                await self.writer.rollback()
-                raise
-
-    async def fetch(self, sql: str, **values: Any) -> list[Row]:
-        """Run one statement; the rows that it selects or returns. :now is always there."""
-        rows = await self.writer.execute_fetchall(sql, {"now": now(), **values})
-        return [dict(row) for row in rows]
 
 
 def copy_database(source: Path, target: Path) -> None:
@@ -515,19 +455,14 @@ def is_ours(_item: Any, _name: Any, _kind: str, reflected: bool, compared_to: An
 
 
 def add_what_is_missing(connection: sa.Connection, path: Path) -> None:
-    """Add tables, nullable or defaulted columns and indexes, after a copy; nothing else, ever.
-
-    Errors: SystemExit that names what would need more
-    """
+    """Add tables, nullable or defaulted columns and indexes, after a copy. Errors: SystemExit."""
     from alembic.autogenerate import produce_migrations
     from alembic.migration import MigrationContext
     from alembic.operations import Operations, ops
 
     context = MigrationContext.configure(connection, opts={"include_object": is_ours})
     found: Any = produce_migrations(context, SQLModel.metadata).upgrade_ops
-    steps: list[Any] = []
-    for step in found.ops:
-        steps += step.ops if isinstance(step, ops.ModifyTableOps) else [step]
+    steps = [step for table in found.ops for step in getattr(table, "ops", [table])]
     for step in steps:
         column = getattr(step, "column", None)
         optional = column is not None and (column.nullable or column.server_default is not None)
@@ -541,23 +476,20 @@ def add_what_is_missing(connection: sa.Connection, path: Path) -> None:
 
 
 def upgrade(connection: sa.Connection, path: Path) -> None:
-    """Create the tables, or add what they lack. When the version is right, nothing is looked at.
+    """Create the tables, or add what they lack; look at nothing if the version is right.
 
-    Errors: SystemExit, for a database newer than this program
+    Errors: SystemExit, for a database that is newer, or needs more than additions
     """
-    version = None
-    if sa.inspect(connection).has_table("schema_version"):
-        sql = "SELECT max(version) FROM schema_version"
-        version = connection.exec_driver_sql(sql).scalar()
-    if version == SCHEMA_VERSION:
-        return
+    SQLModel.metadata.tables["schema_version"].create(connection, checkfirst=True)
+    version = connection.exec_driver_sql("SELECT max(version) FROM schema_version").scalar()
     if version is None:
         SQLModel.metadata.create_all(connection)
     elif version > SCHEMA_VERSION:
         raise SystemExit(f"The database is of version {version}, newer than this program.")
-    else:
+    elif version < SCHEMA_VERSION:
         add_what_is_missing(connection, path)
-    connection.exec_driver_sql(f"INSERT INTO schema_version (version) VALUES ({SCHEMA_VERSION})")
+    sql = f"INSERT INTO schema_version (version) VALUES ({SCHEMA_VERSION}) ON CONFLICT DO NOTHING"
+    connection.exec_driver_sql(sql)
 
 
 # ── 4 Tables ────────────────────────────────────────────────────────────────────────────────────
@@ -578,10 +510,15 @@ class Public(SQLModel):
     __table_args__: Any = {"sqlite_autoincrement": True}
 
 
-class UserPublic(Public):
-    """An account, as its owner and an admin see it."""
+class Identified(Public):
+    """What has an id, which comes from the database."""
 
     id: int = Field(primary_key=True)
+
+
+class UserPublic(Identified):
+    """An account, as its owner and an admin see it."""
+
     username: str
     email: str | None
     role: Role = Field(sa_type=sa.String)
@@ -602,10 +539,9 @@ class User(UserPublic, table=True):
     """Attachments and the texts of tasks, the folded ones included."""
 
 
-class SessionPublic(Public):
+class SessionPublic(Identified):
     """A login."""
 
-    id: int = Field(primary_key=True)
     address: str
     user_agent: str
     created_at: datetime
@@ -626,21 +562,19 @@ class Session(SessionPublic, table=True):
     token_hash: str | None = Field(unique=True)
 
 
-class RefreshToken(Public, table=True):
+class RefreshToken(Identified, table=True):
     """A refresh token, as a hash. A used one is kept, to notice a replay."""
 
     __tablename__ = "refresh_tokens"
-    id: int = Field(primary_key=True)
     session_id: int = Field(foreign_key="sessions.id", ondelete="CASCADE", index=True)
     token_hash: str = Field(unique=True)
     used_at: datetime | None
     expires_at: datetime
 
 
-class TaskPublic(Public):
+class TaskPublic(Identified):
     """A task, in the trash if `deleted_at` is set."""
 
-    id: int = Field(primary_key=True)
     title: str
     description: str | None
     status: Status = Field(sa_type=sa.String)
@@ -670,10 +604,9 @@ class Task(TaskPublic, table=True):
     idempotency_key: str | None
 
 
-class AttachmentPublic(Public):
+class AttachmentPublic(Identified):
     """A file at a task. Its ETag is its `sha256`."""
 
-    id: int = Field(primary_key=True)
     task_id: int = Field(foreign_key="tasks.id", ondelete="CASCADE", index=True)
     filename: str
     content_type: str
@@ -704,8 +637,7 @@ sa.Index("ix_tasks_deleted_at", of_task.deleted_at)
 
 USER_COLUMNS = ", ".join(UserPublic.model_fields)
 SESSION_COLUMNS = ", ".join(SessionPublic.model_fields)
-TASK_COLUMNS = ", ".join(TaskPublic.model_fields)
-JOINED_TASK_COLUMNS = ", ".join(f"tasks.{name}" for name in TaskPublic.model_fields)
+TASK_COLUMNS = ", ".join(f"tasks.{name}" for name in TaskPublic.model_fields)
 ATTACHMENT_COLUMNS = ", ".join(AttachmentPublic.model_fields)
 TASK = pydantic.TypeAdapter(TaskPublic)
 TASK_LIST = pydantic.TypeAdapter(list[TaskPublic])
@@ -716,11 +648,10 @@ TASK_LIST = pydantic.TypeAdapter(list[TaskPublic])
 
 RFC3339 = r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?([Zz]|[+-]\d\d:\d\d)?)?"
 BECOME_MARKS = "\u0f73\u0f75\u0f81\uff9e\uff9f"  # When they are normalised.
-COMMON_PASSWORDS = """password password1 password12 password123 passw0rd p@ssw0rd p@ssword 12345678
-123456789 1234567890 123123123 11111111 00000000 87654321 88888888 qwertyui qwertyuiop qwerty123
-1q2w3e4r 1qaz2wsx asdfghjk asdfghjkl zxcvbnm1 iloveyou iloveyou1 sunshine princess football baseball
-superman trustno1 starwars whatever computer internet michelle jennifer changeme changeit welcome1
-welcome123 letmein1 letmein123 admin123 administrator abcd1234 abc12345"""
+COMMON_PASSWORDS = """password password1 password12 password123 passw0rd p@ssw0rd 12345678 123456789
+1234567890 123123123 11111111 00000000 87654321 88888888 qwertyui qwertyuiop qwerty123 1q2w3e4r
+1qaz2wsx asdfghjk iloveyou sunshine princess football baseball superman trustno1 starwars whatever
+computer internet michelle jennifer changeme welcome1 letmein1 admin123 administrator abcd1234"""
 
 
 def storable(text: str) -> str:
@@ -751,10 +682,9 @@ def username_key(text: str) -> str:
 
 def valid_username(text: str) -> str:
     """Trimmed, NFKC, then letters and digits of any script, `.`, `_`, `-`. Errors: ValueError."""
-    text = text.strip()
-    name = unicodedata.normalize("NFKC", storable(text[:51]))
+    name = unicodedata.normalize("NFKC", storable(text.strip()))
     allowed = all(each in "._-" or unicodedata.category(each)[0] in "LMN" for each in name)
-    if not allowed or len(text) > 50 or not 3 <= len(name) <= 50:
+    if not allowed or not 3 <= len(name) <= 50:
         raise ValueError("must be 3 to 50 letters, digits, '.', '_' or '-'")
     return name
 
@@ -763,7 +693,7 @@ def uncommon(password: str) -> str:
     """Refuse what guessers try first. Ref: NIST SP 800-63B §3.1.1.2. Errors: ValueError."""
     if password.casefold() in COMMON_PASSWORDS.split():
         raise ValueError("is among the commonest; choose another")
-    return password
+    return storable(password)
 
 
 def parse_time(value: object, time_of_day: str = "23:59:59") -> datetime:
@@ -788,12 +718,14 @@ Title = Annotated[str, Trimmed, StringConstraints(max_length=200), Storable]
 Time = Annotated[datetime, BeforeValidator(parse_time, datetime | date)]
 FromTime = Annotated[datetime, BeforeValidator(first_moment, datetime | date)]
 ToTime = Annotated[datetime, BeforeValidator(last_moment, datetime | date)]
-NAME_SCHEMA = {"minLength": 3, "maxLength": 50, "pattern": r"^[^\s!-,/:-@\[-\^`{-~]+$"}
-Username = Annotated[
-    str, AfterValidator(valid_username), pydantic.Field(json_schema_extra=NAME_SCHEMA)
-]
-EightToMany = StringConstraints(min_length=8, max_length=256)
-Password = Annotated[str, EightToMany, Storable, AfterValidator(uncommon)]
+NAME: Row = {
+    "type": "string",
+    "minLength": 3,
+    "maxLength": 50,
+    "pattern": r"^[^\s!-,/:-@\[-\^`{-~]+$",
+}
+Username = Annotated[str, AfterValidator(valid_username), pydantic.WithJsonSchema(NAME)]
+Password = Annotated[str, pydantic.Field(min_length=8, max_length=256), AfterValidator(uncommon)]
 Email = Annotated[str, StringConstraints(max_length=254, pattern=r"^[^@\s]+@[^@\s]+$"), Storable]
 Seq = Annotated[int, pydantic.Field(ge=0, le=MAX_ID)]
 
@@ -889,10 +821,9 @@ class ApiTokenCreate(Body):
     """Null: never."""
 
 
-class ApiTokenPublic(Public):
+class ApiTokenPublic(Identified):
     """What is known later of a token for a script."""
 
-    id: int
     name: str
     scope: TokenScope
     created_at: datetime
@@ -960,15 +891,13 @@ class TaskUpdate(TaskCreate):
     title: Title = ""
 
 
-def described(text: str) -> Any:
-    """A description for /docs, where a docstring is not inherited by Collection[TaskPublic]."""
-    return {"json_schema_extra": {"description": text}}
+COLLECTION = "A collection: whole, or a page of it, or what changed in it."
 
 
 class Collection(BaseModel, Generic[T]):
-    """A short collection, whole."""
+    """Described in its config, because Collection[TaskPublic] inherits no docstring."""
 
-    model_config = described("A short collection, whole.")
+    model_config = {"json_schema_extra": {"description": COLLECTION}}
     data: list[T]
 
 
@@ -984,7 +913,6 @@ class PageMeta(BaseModel):
 class Page(Collection[T], Generic[T]):
     """One page; the Link header (RFC 8288) leads to the others."""
 
-    model_config = described("One page; the Link header (RFC 8288) leads to the others.")
     meta: PageMeta
 
 
@@ -1121,27 +1049,21 @@ password_workers = ThreadPoolExecutor(os.cpu_count() or 1, "password")
 """Never more hashes at once than cores, and none in the event loop: one takes 0.2 s."""
 
 
-def password_bytes(password: str) -> bytes:
-    """64 bytes that depend on the whole password: bcrypt reads 72, and no NUL."""
-    text = unicodedata.normalize("NFKC", password)
-    return hashlib.sha256(b"onefile-tasks " + text.encode()).hexdigest().encode()
-
-
-async def by_password_worker(work: Callable[..., T], *arguments: Any) -> T:
-    """Run a slow function beside the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(password_workers, work, *arguments)
+async def by_worker(work: Callable[[bytes, bytes], T], password: str, salt: bytes) -> T:
+    """Run bcrypt beside the event loop, on 64 bytes made of all: it reads 72, and no NUL."""
+    digest = hashlib.sha256(b"onefile-tasks " + unicodedata.normalize("NFKC", password).encode())
+    known = digest.hexdigest().encode()
+    return await asyncio.get_running_loop().run_in_executor(password_workers, work, known, salt)
 
 
 async def hash_password(password: str) -> str:
     """Salted bcrypt of 2^BCRYPT_COST rounds."""
-    salt = bcrypt.gensalt(BCRYPT_COST)
-    return (await by_password_worker(bcrypt.hashpw, password_bytes(password), salt)).decode()
+    return (await by_worker(bcrypt.hashpw, password, bcrypt.gensalt(BCRYPT_COST))).decode()
 
 
 async def password_matches(password: str, password_hash: str) -> bool:
     """Compare in constant time."""
-    known = password_hash.encode()
-    return await by_password_worker(bcrypt.checkpw, password_bytes(password), known)
+    return await by_worker(bcrypt.checkpw, password, password_hash.encode())
 
 
 def token_hash(token: str) -> str:
@@ -1152,10 +1074,9 @@ def token_hash(token: str) -> str:
 def encode_access_token(user_id: int, session_id: int) -> str:
     """A JWT for one session. Ref: RFC 7519; RFC 9068 §2.2."""
     issued = int(now().timestamp())
-    claims = {"iss": ISSUER, "sub": str(user_id), "sid": str(session_id), "typ": "access"}
-    times = {"iat": issued, "exp": issued + settings.access_token_minutes * 60}
-    secret_key = settings.secret_key.get_secret_value()
-    return jwt.encode({**claims, **times, "jti": secrets.token_hex(8)}, secret_key, "HS256")
+    claims: Row = {"iss": ISSUER, "sub": str(user_id), "sid": str(session_id), "typ": "access"}
+    claims |= {"iat": issued, "exp": issued + settings.access_token_minutes * 60}
+    return jwt.encode({**claims, "jti": secrets.token_hex(8)}, settings.secret_key, "HS256")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -1163,27 +1084,23 @@ def decode_access_token(token: str, secret_key: str) -> tuple[int, int, int] | N
     """User id, session id and expiry in Unix seconds of a token of ours, expired or not."""
     # now() compares the times, not PyJWT, so that one clock rules and a test can set it.
     options: Any = {"require": REQUIRED_CLAIMS, "verify_exp": False, "verify_iat": False}
-    try:
+    with suppress(jwt.PyJWTError, ValueError, TypeError):
         claims = jwt.decode(token, secret_key, ["HS256"], options, issuer=ISSUER)
         times = (claims["iat"], claims["exp"])
         if claims["typ"] == "access" and all(isinstance(each, int) for each in times):
             return int(claims["sub"]), int(claims["sid"]), claims["exp"]
-    except (jwt.PyJWTError, ValueError, TypeError):
-        pass
     return None
 
 
-def load_secret_key(path: Path) -> SecretStr:
+def load_secret_key(path: Path) -> str:
     """SECRET_KEY, or the one that was generated at first and kept here. Errors: SystemExit."""
-    key = settings.secret_key.get_secret_value()
-    if not key:
-        if not path.exists():
-            path.touch(0o600)
-            path.write_text(secrets.token_urlsafe(32))
-        key = path.read_text(errors="replace").strip()
+    if not settings.secret_key and not path.exists():
+        path.touch(0o600)
+        path.write_text(secrets.token_urlsafe(32))
+    key = settings.secret_key or path.read_text(errors="replace").strip()
     if len(key.encode()) < 32 or len(set(key)) < 8 or PLACEHOLDER.search(key):  # RFC 7518 §3.2
         raise SystemExit("SECRET_KEY: must be 32 random bytes or more; empty, it is generated")
-    return SecretStr(key)
+    return key
 
 
 # ── 7 Who asks ──────────────────────────────────────────────────────────────────────────────────
@@ -1195,7 +1112,8 @@ WHO_ASKS = """
 SELECT users.id, username, email, role, is_active, users.created_at, seq, scope,
     sessions.id AS session_id, sessions.created_at AS session_created_at
 FROM sessions JOIN users ON users.id = sessions.user_id
-WHERE (sessions.id = :session_id OR token_hash = :token_hash) AND expires_at > :now AND is_active"""
+WHERE (sessions.id = :session_id AND user_id = :user_id OR token_hash = :token_hash)
+    AND expires_at > :now AND is_active"""
 
 
 class Exchange:
@@ -1206,8 +1124,7 @@ class Exchange:
         given = self.request_headers.get("x-request-id", "")
         allowed = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given)
         self.request_id = given if allowed else secrets.token_hex(8)
-        client = scope.get("client") or ["local"]
-        self.address: str = client[0]  # Behind a proxy only if it is one of TRUSTED_PROXIES.
+        self.address: str = (scope.get("client") or ["local"])[0]  # TRUSTED_PROXIES may name it.
         self.user_id: int | None = None
         self.max_body_bytes = settings.max_body_kib * 1024
         self.headers: dict[str, str] = {}  # Of an answer that is no error.
@@ -1225,7 +1142,7 @@ class Caller(UserPublic):
     session_created_at: datetime
     exchange: Any = pydantic.Field(None, exclude=True)
 
-    async def read(self, sql: str, **values: Any) -> list[Row]:
+    async def read(self, sql: str, **values: Any) -> list[Any]:
         """All rows of a statement; :user_id and :now are always there. Errors: 503 too_slow."""
         return await database.read(self.id, sql, **values)
 
@@ -1245,9 +1162,10 @@ last_uses: dict[int, datetime] = {}
 """When each session was last used, until the next minute's chore writes it down."""
 
 
-async def find_caller(session_id: int, token_hash: str = "") -> Caller | None:
-    """The living session of this id or of this API token's hash, and its user."""
-    row = await database.lookup(WHO_ASKS, session_id=session_id, token_hash=token_hash, now=now())
+async def find_caller(user_id: int, session_id: int, token_hash: str = "") -> Caller | None:
+    """The living session of these ids, or of this API token's hash, and its user."""
+    this = {"user_id": user_id, "session_id": session_id, "token_hash": token_hash}
+    row = await database.lookup(WHO_ASKS, now=now(), **this)
     return CALLER.validate_python(row) if row else None
 
 
@@ -1258,43 +1176,19 @@ async def authenticate(authorization: str) -> Caller:
     if scheme.lower() != "bearer":
         raise unauthorized("not_authenticated", "Send the header Authorization: Bearer <token>.")
     if token.startswith(API_TOKEN_PREFIX):
-        caller = await find_caller(0, token_hash(token))
+        caller = await find_caller(0, 0, token_hash(token))
     else:
-        access = decode_access_token(token, settings.secret_key.get_secret_value())
+        access = decode_access_token(token, settings.secret_key)
         if access is None:
             raise unauthorized("invalid_token", "This is no token of this server: log in.")
         user_id, session_id, expires_at = access
         if expires_at + CLOCK_LEEWAY_SECONDS <= now().timestamp():
             raise unauthorized("token_expired", "This token has expired: refresh, or log in.")
-        caller = await find_caller(session_id)
-        if caller and caller.id != user_id:
-            caller = None
+        caller = await find_caller(user_id, session_id)
     if caller is None:
         raise unauthorized("session_ended", "This token's session has ended: log in.")
     last_uses[caller.session_id] = now()
     return caller
-
-
-STILL_LOGGED_IN = """
-UPDATE users SET seq = seq + :step
-WHERE id = :user_id AND role = :role AND is_active AND EXISTS (
-    SELECT 1 FROM sessions WHERE id = :session_id AND user_id = :user_id AND expires_at > :now)
-RETURNING seq"""
-
-
-@asynccontextmanager
-async def acting(user: Caller, step: int = 0) -> AsyncIterator[Transaction]:
-    """A transaction that locks the user's row and insists on who asked, however long that took.
-
-    With step 1 it takes the user's next seq. Errors: 401
-    """
-    this = {"user_id": user.id, "role": user.role, "session_id": user.session_id}
-    async with database.transaction() as db:
-        rows = await db.fetch(STILL_LOGGED_IN, step=step, **this)
-        if not rows:
-            raise unauthorized("session_ended", "Your session has ended meanwhile: log in.")
-        user.seq = rows[0]["seq"]
-        yield db
 
 
 def etag_matches(header: str, etag: str) -> bool:
@@ -1342,8 +1236,7 @@ async def count(exchange: Exchange, name: str, key: str, cost: int = 1) -> None:
     seconds = min(max(1, math.ceil(reset - time.time())), limit.get_expiry())
     if remaining <= exchange.remaining:
         exchange.remaining = remaining
-        reset = int(time.time()) + seconds
-        figures = {"Limit": limit.amount, "Remaining": max(0, remaining), "Reset": reset}
+        figures = {"Limit": limit.amount, "Remaining": remaining, "Reset": math.ceil(reset)}
         exchange.limit_headers = {f"X-RateLimit-{each}": str(n) for each, n in figures.items()}
     if not allowed:
         message = f"Too many requests. Try again in {seconds} s."
@@ -1373,12 +1266,6 @@ async def counted_caller(exchange: Exchange, limit: str, authorization: str) -> 
     return caller
 
 
-def insufficient_scope(message: str) -> ApiError:
-    """403. Ref: RFC 6750 §3.1."""
-    header = {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}
-    return ApiError(403, "insufficient_scope", message, header)
-
-
 class Authentication(OAuth2PasswordBearer):
     """The dependency behind CurrentUser, which /docs shows as the way to log in."""
 
@@ -1388,7 +1275,7 @@ class Authentication(OAuth2PasswordBearer):
         header = request.headers.get("authorization", "")
         caller = await counted_caller(exchange_of(request), "read" if reads else "write", header)
         if caller.scope == "read" and not reads:
-            raise insufficient_scope("This API token may only GET.")
+            raise ApiError(403, "insufficient_scope", "This API token may only GET.")
         return caller
 
 
@@ -1401,7 +1288,7 @@ CurrentUser = Annotated[Caller, Depends(login)]
 async def logged_in_user(user: CurrentUser) -> Caller:
     """Who asks, by a login: a leaked API token shall not reach the account. Errors: 401; 403."""
     if user.scope:
-        raise insufficient_scope("An API token may not do this: log in.")
+        raise ApiError(403, "insufficient_scope", "An API token may not do this: log in.")
     return user
 
 
@@ -1440,7 +1327,7 @@ WEBHOOK_PAUSES = (0, 1, 10, 60)  # Seconds before each try.
 MAX_WEBHOOKS_WAITING = 2000
 
 CHANGES_AFTER = f"""
-SELECT users.seq AS seq, purged_seq, {JOINED_TASK_COLUMNS}
+SELECT users.seq AS seq, purged_seq, {TASK_COLUMNS}
 FROM users LEFT JOIN tasks ON owner_id = users.id AND version > :since
 WHERE users.id = :user_id ORDER BY version LIMIT :limit"""
 
@@ -1490,7 +1377,7 @@ class Broadcaster:
 
     def __init__(self) -> None:
         self.streams: dict[int, set[Stream]] = {}
-        self.reads: dict[tuple[int, int], asyncio.Task[tuple[Missed, list[LiveEvent]]]] = {}
+        self.reads: dict[Any, asyncio.Task[tuple[Missed, list[LiveEvent]]]] = {}
 
     def everybody(self) -> list["Stream"]:
         """The open streams of all users."""
@@ -1505,22 +1392,21 @@ class Broadcaster:
     async def look(self) -> None:
         """Close the streams whose session has ended, and notice what no bell told of."""
         for stream in self.everybody():
-            caller = await find_caller(stream.session_id)
+            caller = await find_caller(stream.user.id, stream.user.session_id)
             if caller is None:
                 stream.close(4401, "the session has ended")
             else:
                 self.ring(caller.id, caller.seq)
 
     async def read(self, user_id: int, cursor: int) -> tuple[Missed, list[LiveEvent]]:
-        """One batch after a cursor, and its text. Errors: 401; 503."""
+        """One batch after a cursor, encoded. Errors: 401; 503."""
         missed = await changes_after(user_id, cursor, STREAM_BATCH)
         return missed, [live_event(task) for task in missed.tasks]
 
-    async def shared_read(self, user_id: int, cursor: int) -> tuple[Missed, list[LiveEvent]]:
+    async def shared_read(self, *key: int) -> tuple[Missed, list[LiveEvent]]:
         """The same, done once for all streams that ask for it meanwhile."""
-        key = (user_id, cursor)
         if key not in self.reads:
-            self.reads[key] = asyncio.create_task(self.read(user_id, cursor))
+            self.reads[key] = asyncio.create_task(self.read(*key))
             self.reads[key].add_done_callback(lambda _: self.reads.pop(key))
         return await asyncio.shield(self.reads[key])
 
@@ -1533,8 +1419,7 @@ class Stream:
     """One live connection: a cursor into its user's changes."""
 
     def __init__(self, user: Caller, client_id: str | None) -> None:
-        self.user_id = user.id
-        self.session_id = user.session_id
+        self.user = user
         self.client_id = client_id
         self.cursor = 0
         self.newest = 0
@@ -1551,7 +1436,7 @@ class Stream:
     async def missed(self) -> list[LiveEvent]:
         """What was not sent yet, a batch at a time."""
         try:
-            missed, events = await broadcaster.shared_read(self.user_id, self.cursor)
+            missed, events = await broadcaster.shared_read(self.user.id, self.cursor)
         except (ApiError, *database.failures):  # It comes back, and the cursor knows where.
             await asyncio.sleep(LOOK_SECONDS)
             return []
@@ -1603,12 +1488,9 @@ async def open_stream(
             broadcaster.streams.pop(user.id, None)
 
 
-async def announce(user_id: int, seq: int) -> None:
-    """Ring a user's bell, after the commit."""
-    broadcaster.ring(user_id, seq)
-
-
-FIND_TASK = f"SELECT {TASK_COLUMNS} FROM tasks WHERE id = :id AND owner_id = :user_id"
+FIND_TASK = f"""
+SELECT {TASK_COLUMNS} FROM tasks
+WHERE id = :id AND owner_id = :user_id AND (deleted_at IS NOT NULL) = :trashed"""
 CHANGED_COLUMNS = [name for name in Task.model_fields if name not in ("id", "idempotency_key")]
 UPDATE_TASK = f"""
 UPDATE tasks SET {", ".join(f"{name} = :{name}" for name in CHANGED_COLUMNS)}
@@ -1644,29 +1526,32 @@ class Change:
         self.moment = now()
         self.written: list[TaskPublic] = []
 
-    async def task(
-        self, task_id: int, if_match: str | None = None, trashed: bool = False
-    ) -> TaskPublic:
-        """One task, in the trash or out of it. Errors: 404 absent or not yours; 412 stale."""
-        rows = await self.db.fetch(FIND_TASK, id=task_id, user_id=self.user.id)
-        if not rows or (rows[0]["deleted_at"] is not None) != trashed:
-            raise not_found("task", task_id)
+    async def find(self, kind: str, sql: str, key: int, if_match: str | None, **more: Any) -> Row:
+        """The caller's row of this id. Errors: 404 absent or not yours; 412 stale version."""
+        rows = await self.db.fetch(sql, id=key, user_id=self.user.id, **more)
+        if not rows:
+            raise not_found(kind, key)
         version = f'"{rows[0]["version"]}"'
         if if_match is not None and not etag_matches(if_match, version):
-            message = f"The task is at version {version} now."
+            message = f"The {kind} is at version {version} now."
             if '"' not in if_match:
                 message = f"If-Match wants quotes: {version}"
             raise ApiError(412, "version_mismatch", message)
-        return TASK.validate_python(rows[0])
+        return rows[0]
 
-    async def insist_on_new(self, key: str) -> None:
-        """Errors: Replayed, with the task that this Idempotency-Key created before."""
-        rows = await self.db.fetch(FIND_BY_KEY, user_id=self.user.id, key=key)
-        if rows:
-            raise Replayed(TASK.validate_python(rows[0]))
+    async def task(
+        self, key: int, if_match: str | None = None, trashed: bool = False
+    ) -> TaskPublic:
+        """One task, in the trash or out of it. Errors: 404; 412."""
+        row = await self.find("task", FIND_TASK, key, if_match, trashed=trashed)
+        return TASK.validate_python(row)
 
     async def create(self, values: Row) -> TaskPublic:
-        """A new task. Errors: 413."""
+        """A new task. Errors: 413; Replayed, with the task that its idempotency_key made before."""
+        key = values.get("idempotency_key")
+        rows = await self.db.fetch(FIND_BY_KEY, user_id=self.user.id, key=key) if key else []
+        if rows:
+            raise Replayed(TASK.validate_python(rows[0]))
         columns = {"owner_id": self.user.id, "attachments": 0, "created_at": self.moment, **values}
         self.derive(columns)
         await self.grow(columns["text_bytes"])
@@ -1692,9 +1577,8 @@ class Change:
         columns["updated_at"] = self.moment
 
     def note(self, rows: list[Row]) -> TaskPublic:
-        """The task that was written: the answer has its ETag, and the webhook hears of it."""
+        """The task that was written; the webhook hears of it."""
         task = TASK.validate_python(rows[0])
-        self.user.answer_with(ETag=f'"{task.version}"')
         self.written.append(task)
         return task
 
@@ -1708,13 +1592,28 @@ class Change:
             raise ApiError(413, "storage_full", message)
 
 
+TAKE_SEQ = """
+UPDATE users SET seq = seq + 1
+WHERE id = :user_id AND is_active AND EXISTS (
+    SELECT 1 FROM sessions WHERE id = :session_id AND user_id = :user_id AND expires_at > :now)
+RETURNING seq"""
+
+
 @asynccontextmanager
 async def changing(user: Caller) -> AsyncIterator[Change]:
-    """Take the user's next seq; after the commit, tell streams and webhook. Errors: 401."""
-    async with acting(user, step=1) as db:
+    """Take the user's next seq, if their session still lives; after the commit, tell of it.
+
+    Errors: 401
+    """
+    async with database.transaction() as db:
+        rows = await db.fetch(TAKE_SEQ, user_id=user.id, session_id=user.session_id)
+        if not rows:
+            raise unauthorized("session_ended", "Your session has ended meanwhile: log in.")
+        user.seq = rows[0]["seq"]
+        user.answer_with(ETag=f'"{user.seq}"')  # The version of what is written now.
         change = Change(db, user)
         yield change
-    await announce(user.id, user.seq)
+    broadcaster.ring(user.id, user.seq)
     for task in change.written:
         tell_webhook(live_event(task).text)
 
@@ -1764,7 +1663,8 @@ async def call_webhook(text: str) -> None:
         headers |= {"webhook-timestamp": str(int(moment.timestamp()))}
         headers |= {"content-type": "application/json"}
         with suppress(httpx.HTTPError, httpx.InvalidURL, TimeoutError):
-            async with asyncio.timeout(10), httpx.AsyncClient() as client:
+            fresh_client = await asyncio.to_thread(httpx.AsyncClient)  # It loads certificates.
+            async with asyncio.timeout(10), fresh_client as client:
                 answer = await client.post(settings.webhook_url, content=text, headers=headers)
             if answer.is_success:
                 return
@@ -1790,15 +1690,16 @@ started_at = time.monotonic()
 last_cleanup: dict[str, int | datetime] | None = None
 
 
-async def add_user(db: Transaction, name: str, password_hash: str, role: Role, **more: Any) -> Row:
+async def add_user(name: str, password: str, role: Role, email: str | None = None) -> UserPublic:
     """A new account. Errors: 409 username_taken."""
-    names = {"username": name, "username_key": username_key(name)}
-    rights = {"password_hash": password_hash, "role": role, "is_active": True, "created_at": now()}
+    columns: Row = {"username": name, "username_key": username_key(name), "email": email}
+    columns |= {"role": role, "is_active": True, "password_hash": await hash_password(password)}
     zeros = {"seq": 0, "purged_seq": 0, "storage_bytes": 0}
-    rows = await db.insert("users", **names, **rights, **zeros, **more)
+    async with database.transaction() as db:
+        rows = await db.insert("users", created_at=now(), **columns, **zeros)
     if not rows:
         raise ApiError(409, "username_taken", "This username is taken.")
-    return rows[0]
+    return UserPublic.model_validate(rows[0])
 
 
 def checked(kind: Any, value: str, name: str) -> str:
@@ -1809,22 +1710,12 @@ def checked(kind: Any, value: str, name: str) -> str:
         raise SystemExit(first_problem(error, name)) from None
 
 
-async def create_first_admin() -> None:
-    """ADMIN_USERNAME, if nobody is there yet; a generated password is printed, this once."""
-    given = settings.admin_password.get_secret_value()
-    password = checked(Password, given or secrets.token_urlsafe(16), "ADMIN_PASSWORD")
-    name = checked(Username, settings.admin_username, "ADMIN_USERNAME")
-    if not await database.lookup("SELECT id FROM users LIMIT 1"):
-        password_hash = await hash_password(password)
-        async with database.transaction() as db:
-            await add_user(db, name, password_hash, "admin")
-        shown = "as set" if given else f"{password}   (shown only now)"
-        print(f"  Admin      {name}, password {shown}", flush=True)
-
-
 @asynccontextmanager
 async def opened_database() -> AsyncIterator[None]:
-    """The database, open and ready. Errors: SystemExit with one line."""
+    """The database, open, with a secret key and an admin. Errors: SystemExit with one line."""
+    given = settings.admin_password
+    password = checked(Password, given or secrets.token_urlsafe(16), "ADMIN_PASSWORD")
+    name = checked(Username, settings.admin_username, "ADMIN_USERNAME")
     try:
         await database.open()
     except (*database.failures, sa.exc.DBAPIError) as error:
@@ -1832,7 +1723,10 @@ async def opened_database() -> AsyncIterator[None]:
         raise SystemExit(f"DATA_DIR: the database cannot be opened: {why}") from None
     try:
         settings.secret_key = load_secret_key(settings.data_dir / "secret_key")
-        await create_first_admin()
+        if not await database.lookup("SELECT id FROM users LIMIT 1"):
+            await add_user(name, password, "admin")
+            shown = "as set" if given else f"{password}   (shown only now)"
+            print(f"  Admin      {name}, password {shown}", flush=True)
         yield
     finally:
         await database.close()
@@ -1862,7 +1756,7 @@ async def clean_up() -> None:
     for owner in await database.read(0, sql, until=oldest):
         async with database.transaction() as db:
             seq, tasks = await purge(db, owner["owner_id"], oldest)
-        await announce(owner["owner_id"], seq)
+        broadcaster.ring(owner["owner_id"], seq)
         purged += tasks
     last_cleanup = {"finished_at": now(), "tasks": purged, **removed}
 
@@ -1880,20 +1774,15 @@ async def every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -
 @asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     """Start: logging, database, chores. Stop: end the chores, finish the writes."""
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler())
-        log.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(settings.log_level.upper())
-    log.propagate = False
     cached_pages.clear()
     async with opened_database(), asyncio.TaskGroup() as group:
-        chores = [
-            group.create_task(every(LOOK_SECONDS, broadcaster.look)),
-            group.create_task(every(USES_SECONDS, write_down_uses)),
-            group.create_task(every(CLEANUP_SECONDS, clean_up)),
-        ]
+        looking = group.create_task(every(LOOK_SECONDS, broadcaster.look))
+        noting = group.create_task(every(USES_SECONDS, write_down_uses))
+        cleaning = group.create_task(every(CLEANUP_SECONDS, clean_up))
         yield
-        for task in (*chores, *webhook_calls):
+        for task in (looking, noting, cleaning, *webhook_calls):
             task.cancel()
         await write_down_uses()
 
@@ -2064,10 +1953,9 @@ async def on_validation_error(request: Request, error: Any) -> Response:
 
 async def on_database_failure(request: Request, error: Exception) -> Response:
     """The database did not answer, or its disk is full: one line in the log."""
-    request_id = exchange_of(request).request_id
-    log.error("%s the database failed: %s", request_id, error)
+    log.error("%s the database failed: %s", exchange_of(request).request_id, error)
     message = "The database does not answer. Try again."
-    return error_response(try_later("database_unavailable", message), request_id)
+    return await on_http_exception(request, try_later("database_unavailable", message))
 
 
 DESCRIPTION = """Tasks for one or many people. Errors have one shape; besides what a route names,
@@ -2105,7 +1993,7 @@ if settings.cors_origins:  # No credentials: a token is no cookie. Ref: Fetch §
     allowed: Any = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"]}
     app.add_middleware(CORSMiddleware, expose_headers=EXPOSED_HEADERS.split(), **allowed)
 app.add_middleware(Gateway)
-app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=ipv4_mapped(settings.trusted_proxies))
+app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)
 
 
 def describe() -> Row:
@@ -2178,9 +2066,7 @@ FILTERS = {
     "due_after": "due_date >= :due_after",
     "overdue": "(NOT completed AND due_date IS NOT NULL AND due_date < :now) = :overdue",
 }
-SORT_KEYS = {
-    "created_at": "created_at",
-    "updated_at": "updated_at",
+SORT_KEYS = {  # Where it is not the column itself.
     "due_date": "due_date IS NULL, due_date",
     "priority": "CASE priority WHEN 'low' THEN 0 WHEN 'medium' THEN 1 ELSE 2 END",
     "status": "CASE status WHEN 'todo' THEN 0 WHEN 'in_progress' THEN 1 ELSE 2 END",
@@ -2195,94 +2081,83 @@ def select_tasks(filters: tuple[str, ...], deleted: bool, sort: str, order: str)
     return f"""
 SELECT {TASK_COLUMNS}, (SELECT count(*) FROM tasks WHERE {where}) AS total
 FROM tasks WHERE {where}
-ORDER BY {SORT_KEYS[sort]} {order}, id {order} LIMIT :limit OFFSET :offset"""
+ORDER BY {SORT_KEYS.get(sort, sort)} {order}, id {order} LIMIT :limit OFFSET :offset"""
 
 
 async def page_of(user: Caller, path: str, query: PageQuery, sql: str, **values: Any) -> Any:
     """A page of rows that carry their total, with its Link header. Ref: RFC 8288. Errors: 503."""
     size = query.page_size
-    offset = (query.page - 1) * size
-    rows = await user.read(sql, limit=size, offset=offset, **values)
-    counted = rows
-    if not rows and offset:  # Past the end: the first page knows the total.
-        counted = await user.read(sql, limit=1, offset=0, **values)
+    rows = await user.read(sql, limit=size, offset=(query.page - 1) * size, **values)
+    # Past the end, the first page knows the total.
+    counted = rows or await user.read(sql, limit=1, offset=0, **values)
     total = counted[0]["total"] if counted else 0
     pages = max(1, math.ceil(total / size))
     places = {"first": 1, "prev": min(query.page - 1, pages), "next": query.page + 1, "last": pages}
     given = query.model_dump(mode="json", exclude_unset=True, exclude={"page"})
-    urls = {name: urlencode({**given, "page": n}, doseq=True) for name, n in places.items()}
-    there = [name for name, n in places.items() if 1 <= n <= pages]
-    links = [f'<{path}?{urls[name]}>; rel="{name}"' for name in there]
+    links = []
+    for name, page in places.items():
+        if 1 <= page <= pages:
+            url = f"{path}?{urlencode({**given, 'page': page}, doseq=True)}"
+            links.append(f'<{url}>; rel="{name}"')
     user.answer_with(Link=", ".join(links))
     return {"data": rows, "meta": {**dict(query), "total": total, "pages": pages}}
 
 
-async def page_of_tasks(user: Caller, path: str, query: TaskQuery, **more: Any) -> bytes:
-    """One page of tasks, encoded. Errors: 503 too_slow."""
+TaskPage = Page[TaskPublic]
+
+
+async def page_of_tasks(user: Caller, path: str, query: TaskQuery, **more: Any) -> TaskPage:
+    """One page of tasks. Errors: 503 too_slow."""
     values = query.model_dump(include=set(FILTERS), exclude_defaults=True) | more
     for name in values.keys() & {"status", "priority"}:
         values[name] = ",".join(values[name])
     if query.search:
         values["search"] = "%" + re.sub("([!%_])", r"!\1", folded(query.search)) + "%"
     sql = select_tasks(tuple(values), query.deleted, query.sort, query.order)
-    page = await page_of(user, path, query, sql, **values)
-    return TASK_PAGE.dump_json(TASK_PAGE.validate_python(page))
+    return TaskPage.model_validate(await page_of(user, path, query, sql, **values))
 
 
 cached_pages: dict[tuple[int, str], tuple[int, bytes, str]] = {}
 """By user and query: the user's seq, the page encoded, its Link. Right as long as the seq stays."""
 MAX_CACHED_PAGES = 1000
 MAX_CACHED_BYTES = 32 * 1024  # Of one page.
-TASK_PAGE = pydantic.TypeAdapter(Page[TaskPublic])
 NOT_MODIFIED: Responses = {304: {"description": "Unchanged: If-None-Match names its ETag"}}
-TASK_PAGE_OR_304: Responses = {200: {"model": Page[TaskPublic]}, **NOT_MODIFIED}
-TaskFilter = Annotated[TaskQuery, Query()]
 
 
-@tasks.get("", responses=TASK_PAGE_OR_304, response_class=Response)
-async def list_tasks(user: CurrentUser, query: TaskFilter) -> Response:
-    """The caller's tasks: filters are ANDed, the newest come first unless `sort` says else.
-
-    The weak ETag is made of the caller's seq and the query: `If-None-Match` gets its 304 without
-    asking the database. An answer that depends on the clock (`overdue`) carries none.
+@tasks.get("", responses={200: {"model": TaskPage}, **NOT_MODIFIED}, response_class=Response)
+async def list_tasks(user: CurrentUser, query: Annotated[TaskQuery, Query()]) -> Response:
+    """The caller's tasks, newest first: filters are ANDed. No ETag with `overdue`: time changes it.
 
     Errors: 503 too_slow
     Ref: RFC 8288; RFC 9110 §13.1.2
     """
     path = f"{BASE}/tasks"
     if query.overdue is not None:
-        return JSON(await page_of_tasks(user, path, query, owner_id=user.id))
+        page = await page_of_tasks(user, path, query, owner_id=user.id)
+        return Response(page.model_dump_json(), media_type=JSON_TYPE)
     key = (user.id, query.model_dump_json(exclude_unset=True))
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
     user.offer_etag(f'W/"{user.seq}-{digest[:16]}"')
     seq, body, link = cached_pages.get(key, (-1, b"", ""))
     if seq != user.seq:
-        body = await page_of_tasks(user, path, query, owner_id=user.id)
+        page = await page_of_tasks(user, path, query, owner_id=user.id)
+        body = page.model_dump_json().encode()
         link = user.exchange.headers["Link"]
         if len(cached_pages) >= MAX_CACHED_PAGES:
             cached_pages.clear()
         if len(body) <= MAX_CACHED_BYTES:
             cached_pages[key] = (user.seq, body, link)
     user.answer_with(Link=link)
-    return JSON(body)
+    return Response(body, media_type=JSON_TYPE)
 
 
-class JSON(Response):
-    """What is encoded already."""
-
-    media_type = "application/json"
-
-
-KEY_HEADER = Header(alias="Idempotency-Key", pattern=r"^[\x21-\x7e]{1,255}$")
+Key = Annotated[str | None, Header(alias="Idempotency-Key", pattern=r"^[\x21-\x7e]{1,255}$")]
 REPLAYED: Responses = {200: {"model": TaskPublic, "description": "Created before, by the same key"}}
 
 
 @tasks.post("", status_code=201, responses=REPLAYED)
 async def create_task(
-    body: TaskCreate,
-    user: CurrentUser,
-    response: Response,
-    key: Annotated[str | None, KEY_HEADER] = None,
+    body: TaskCreate, user: CurrentUser, response: Response, key: Key = None
 ) -> TaskPublic:
     """Create a task. `Location` is its path, `ETag` its version.
 
@@ -2293,8 +2168,6 @@ async def create_task(
     """
     try:
         async with changing(user) as change:
-            if key:
-                await change.insist_on_new(key)
             task = await change.create({**body.model_dump(), "idempotency_key": key})
     except Replayed as replayed:
         task = replayed.task
@@ -2328,20 +2201,16 @@ async def list_changes(user: CurrentUser, since: Since = "0", limit: ChangesLimi
 
 
 Cursor = Annotated[Seq | None, Query()]
-LastEventId = Annotated[Seq | None, Header()]
-PolyfillEventId = Annotated[Seq | None, Query(alias="lastEventId")]
+LastEventId = Annotated[Seq | None, Header(alias="Last-Event-ID")]
+PolyfillsId = Annotated[Seq | None, Query(alias="lastEventId")]
 
 
 async def event_stream(
-    user: CurrentUser,
-    since: Cursor = None,
-    last_event_id: LastEventId = None,
-    polyfill_event_id: PolyfillEventId = None,
+    user: CurrentUser, since: Cursor = None, last: LastEventId = None, polyfill: PolyfillsId = None
 ) -> AsyncIterator[Stream]:
     """An open stream. Errors: 410 and 429, before the answer begins."""
-    for cursor in (polyfill_event_id, last_event_id):
-        since = since if cursor is None else cursor
-    async with open_stream(user, since, None) as stream:
+    given = [cursor for cursor in (last, polyfill, since) if cursor is not None]
+    async with open_stream(user, given[0] if given else None, None) as stream:
         if stream.stale:
             raise resync_required()
         yield stream
@@ -2371,9 +2240,8 @@ SELECT status, priority, count(*) AS total,
     count(CASE WHEN NOT completed AND due_date BETWEEN :now AND :soon THEN 1 END) AS due_in_7_days
 FROM tasks WHERE owner_id = :user_id AND deleted_at IS NULL GROUP BY status, priority"""
 COMPLETED_SINCE = """
-SELECT completed_at AS day FROM tasks
+SELECT completed_at FROM tasks
 WHERE owner_id = :user_id AND deleted_at IS NULL AND completed_at >= :since"""
-TIMES = pydantic.TypeAdapter(list[datetime])
 
 
 @tasks.get("/statistics")
@@ -2383,13 +2251,11 @@ async def read_statistics(user: CurrentUser) -> Statistics:
     first_day = moment.replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=29)
     counts: Counter[str] = Counter()
     for group in await user.read(COUNT_TASKS, soon=moment + timedelta(days=7)):
-        for name in ("total", "overdue", "due_in_7_days"):
-            counts[name] += group[name]
-        counts[group["status"]] += group["total"]
-        counts[group["priority"]] += group["total"]
+        counts.update({name: group[name] for name in ("total", "overdue", "due_in_7_days")})
+        counts.update({group["status"]: group["total"], group["priority"]: group["total"]})
     rows = await user.read(COMPLETED_SINCE, since=first_day)
-    completed = Counter(each.date() for each in TIMES.validate_python([r["day"] for r in rows]))
-    days = [(first_day + timedelta(days=passed)).date() for passed in range(30)]
+    completed = Counter(str(row["completed_at"])[:10] for row in rows)
+    days = [str((first_day + timedelta(days=passed)).date()) for passed in range(30)]
     return Statistics(
         total=counts["total"],
         by_status={status: counts[status] for status in get_args(Status)},
@@ -2397,22 +2263,22 @@ async def read_statistics(user: CurrentUser) -> Statistics:
         overdue=counts["overdue"],
         due_in_7_days=counts["due_in_7_days"],
         completion_rate=round(counts["done"] / max(1, counts["total"]), 4),
-        completed_per_day=[DayCount(date=str(day), count=completed[day]) for day in days],
+        completed_per_day=[DayCount(date=day, count=completed[day]) for day in days],
     )
 
 
 @tasks.delete("/trash", status_code=204)
 async def empty_trash(user: CurrentUser) -> None:
     """Delete the caller's trash for good, now, all of it."""
-    async with acting(user) as db:
+    async with database.transaction() as db:
         seq, _ = await purge(db, user.id, NEVER)
-    await announce(user.id, seq)
+    broadcaster.ring(user.id, seq)
 
 
 async def owned_task(task_id: Id, user: CurrentUser) -> TaskPublic:
     """The caller's task, not in the trash. Errors: 404 absent or not yours."""
-    row = await database.lookup(FIND_TASK, id=task_id, user_id=user.id)
-    if row is None or row["deleted_at"]:
+    row = await database.lookup(FIND_TASK, id=task_id, user_id=user.id, trashed=False)
+    if row is None:
         raise not_found("task", task_id)
     return TASK.validate_python(row)
 
@@ -2511,48 +2377,42 @@ class FormParser(MultiPartParser):
 
 
 async def uploaded_file(request: Request) -> Row:
-    """The columns of the file in a form; other fields are ignored.
-
-    Errors: 400; 413; 415
-    """
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise ApiError(415, "unsupported_media_type", "Send a form: curl -F file=@NAME.")
+    """The columns of the one file in a form; other fields are ignored. Errors: 400; 413; 415."""
     max_bytes = settings.max_upload_mib * MIB
     exchange_of(request).max_body_bytes += max_bytes  # A form has an envelope around its file.
-    try:
+    files = []
+    with suppress(KeyError, MultiPartException):  # It is no form, or a broken one.
         form = await FormParser(request.headers, request.stream()).parse()
-    except MultiPartException as error:
-        raise ApiError(400, "invalid_form", f"This form is broken: {error.message}") from None
-    try:
-        files = [value for value in form.values() if isinstance(value, UploadFile)]
-        if len(files) != 1:
-            raise ApiError(400, "invalid_form", "Send a form with one file: curl -F file=@NAME.")
-        name = files[0].filename or ""
-        content = await files[0].read()
-    finally:
+        sent = [value for value in form.values() if isinstance(value, UploadFile)]
+        files = [(file.filename or "", await file.read()) for file in sent]
         await form.close()
+    if len(files) != 1:
+        raise ApiError(400, "invalid_form", "Send a form with one file: curl -F file=@NAME.")
+    name, content = files[0]
     with suppress(LookupError, ValueError, email.errors.MessageError):  # Ref: RFC 2047
-        if name.startswith("=?"):
-            name = str(email.header.make_header(email.header.decode_header(name)))
+        name = str(email.header.make_header(email.header.decode_header(name)))
     name = re.split(r"[/\\]", name)[-1]  # Ref: RFC 7578 §4.2
     name = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "_", name)[-200:]
     media_type, begins = FILE_KINDS.get(name.rpartition(".")[2].lower(), ("", b"$."))
     if len(content) > max_bytes:
         raise ApiError(413, "body_too_large", f"A file has at most {max_bytes // MIB} MiB.")
     if not re.match(begins, content):
-        message = f"Kept is what its name says: {', '.join(FILE_KINDS)}."
-        raise ApiError(415, "unsupported_file_type", message)
-    digest = hashlib.sha256(content).hexdigest()
-    sizes = {"size_bytes": len(content), "sha256": digest, "content": content}
-    return {"filename": name, "content_type": media_type, **sizes}
+        raise ApiError(415, "unsupported_file_type", f"Kept are true {', '.join(FILE_KINDS)}.")
+    file = {"filename": name, "content_type": media_type, "content": content}
+    return file | {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 @tasks.get("/{task_id}/attachments")
 async def list_attachments(task: OwnedTask) -> Collection[AttachmentPublic]:
     """The files at a task, oldest first. Errors: 404 absent or not yours."""
     sql = f"SELECT {ATTACHMENT_COLUMNS} FROM attachments WHERE task_id = :id ORDER BY id"
-    rows: Any = await database.read(task.owner_id, sql, id=task.id)
-    return Collection(data=rows)
+    return Collection(data=await database.read(task.owner_id, sql, id=task.id))
+
+
+ADD_ATTACHMENT = f"""
+INSERT INTO attachments (task_id, filename, content_type, size_bytes, sha256, content, created_at)
+VALUES (:task_id, :filename, :content_type, :size_bytes, :sha256, :content, :created_at)
+RETURNING {ATTACHMENT_COLUMNS}"""
 
 
 @tasks.post("/{task_id}/attachments", status_code=201, openapi_extra={"requestBody": FORM})
@@ -2568,12 +2428,11 @@ async def attach_file(
     async with changing(user) as change:
         task = await change.task(task.id, if_match)
         if task.attachments >= MAX_ATTACHMENTS:
-            message = f"A task has at most {MAX_ATTACHMENTS} attachments."
-            raise ApiError(409, "too_many_attachments", message)
+            raise ApiError(409, "too_many_attachments", f"A task has at most {MAX_ATTACHMENTS}.")
         await change.grow(file["size_bytes"])
         await change.update(task, {"attachments": task.attachments + 1})
         this = {"task_id": task.id, "created_at": change.moment}
-        rows: Any = await change.db.insert("attachments", **this, **file)
+        rows = await change.db.fetch(ADD_ATTACHMENT, **file, **this)
     user.answer_with(Location=f"{BASE}/attachments/{rows[0]['id']}")
     return AttachmentPublic.model_validate(rows[0])
 
@@ -2595,8 +2454,8 @@ async def download_attachment(attachment_id: Id, user: CurrentUser) -> Response:
     plain = re.sub(r"[^A-Za-z0-9 ._-]", "_", file["filename"])
     exact = quote(file["filename"], safe="")
     disposition = f"attachment; filename=\"{plain}\"; filename*=UTF-8''{exact}"
-    user.answer_with(Content_Disposition=disposition)
-    return Response(file["content"], media_type=file["content_type"])
+    headers = {"Content-Disposition": disposition, "Content-Type": file["content_type"]}
+    return Response(file["content"], headers=headers)
 
 
 @attachments.delete("/{attachment_id}", status_code=204)
@@ -2616,10 +2475,7 @@ FIND_USER = f"SELECT {USER_COLUMNS}, password_hash FROM users WHERE username_key
 
 
 async def verify_password(exchange: Exchange, name: str, password: str) -> Row | None:
-    """The user of that name, if the password is theirs; an unknown name costs the same time.
-
-    Errors: 429, when too many passwords failed for this account
-    """
+    """The user of that name and password; an unknown name costs the same time. Errors: 429."""
     key = username_key(name)
     await count(exchange, "account", key, cost=0)
     user = await database.lookup(FIND_USER, username_key=key)
@@ -2634,46 +2490,25 @@ async def issue_tokens(db: Transaction, user_id: int, session_id: int, end: date
     token = secrets.token_urlsafe(32)
     hashed = token_hash(token)
     await db.insert("refresh_tokens", session_id=session_id, token_hash=hashed, expires_at=end)
-    return TokenPair(
-        access_token=encode_access_token(user_id, session_id),
-        refresh_token=token,
-        expires_in=settings.access_token_minutes * 60,
-    )
+    access = encode_access_token(user_id, session_id)
+    seconds = settings.access_token_minutes * 60
+    return TokenPair(access_token=access, refresh_token=token, expires_in=seconds)
 
 
 def client_columns(exchange: Exchange) -> Row:
-    """What a session says of its last use."""
+    """Who uses a session, from where."""
     agent = exchange.request_headers.get("user-agent", "")[:200]
-    return {"address": exchange.address, "user_agent": agent, "last_used_at": now()}
+    return {"address": exchange.address, "user_agent": agent}
 
 
-async def start_session(db: Transaction, exchange: Exchange, user_id: int) -> TokenPair:
+async def start_session(exchange: Exchange, user_id: int) -> TokenPair:
     """A new session, and its first tokens."""
-    columns = client_columns(exchange)
-    moment = columns["last_used_at"]
+    moment = now()
     end = moment + timedelta(days=settings.refresh_token_days)
-    columns |= {"user_id": user_id, "created_at": moment, "expires_at": end}
-    rows = await db.insert("sessions", **columns)
-    return await issue_tokens(db, user_id, rows[0]["id"], end)
-
-
-LOCK_UNCHANGED_USER = """
-UPDATE users SET seq = seq WHERE id = :id AND password_hash = :password_hash AND is_active
-RETURNING id"""
-
-
-async def log_in_with(exchange: Exchange, name: str, password: str) -> TokenPair:
-    """Tokens for a name and a password. Errors: 401; 403; 429."""
-    user = await verify_password(exchange, name, password)
-    if user is None:
-        raise unauthorized("invalid_credentials", "Wrong username or password.")
-    if not user["is_active"]:
-        raise ApiError(403, "account_disabled", "This account is disabled.")
+    times = {"created_at": moment, "last_used_at": moment, "expires_at": end}
     async with database.transaction() as db:
-        this = {"id": user["id"], "password_hash": user["password_hash"]}
-        if not await db.fetch(LOCK_UNCHANGED_USER, **this):
-            raise unauthorized("invalid_credentials", "The account has just changed. Log in again.")
-        return await start_session(db, exchange, user["id"])
+        rows = await db.insert("sessions", user_id=user_id, **times, **client_columns(exchange))
+        return await issue_tokens(db, user_id, rows[0]["id"], end)
 
 
 @auth.post("/register", status_code=201, dependencies=[limited("register")])
@@ -2685,11 +2520,9 @@ async def register(body: Registration, exchange: CurrentExchange) -> Registered:
     """
     if settings.registration == "closed":
         raise ApiError(403, "registration_closed", "Registration is closed. Ask the admin.")
-    password_hash = await hash_password(body.password)
-    async with database.transaction() as db:
-        user = await add_user(db, body.username, password_hash, "user", email=body.email)
-        tokens = await start_session(db, exchange, user["id"])
-    return Registered(**tokens.model_dump(), user=UserPublic.model_validate(user))
+    user = await add_user(body.username, body.password, "user", body.email)
+    tokens = await start_session(exchange, user.id)
+    return Registered(**tokens.model_dump(), user=user)
 
 
 @auth.post("/login", dependencies=[limited("login")])
@@ -2699,61 +2532,56 @@ async def log_in(body: Credentials, exchange: CurrentExchange) -> TokenPair:
     Errors: 401 invalid_credentials; 403 account_disabled
     Limit: login per address; account, failures only
     """
-    return await log_in_with(exchange, body.username, body.password)
+    user = await verify_password(exchange, body.username, body.password)
+    if user is None:
+        raise unauthorized("invalid_credentials", "Wrong username or password.")
+    if not user["is_active"]:
+        raise ApiError(403, "account_disabled", "This account is disabled.")
+    return await start_session(exchange, user["id"])
 
 
-FIND_REFRESH_TOKEN = """
-SELECT session_id, used_at > :now OR used_at < :a_second_ago OR EXISTS (
-    SELECT 1 FROM refresh_tokens AS later WHERE later.session_id = refresh_tokens.session_id
-        AND later.id > refresh_tokens.id AND later.used_at IS NOT NULL) AS replayed
-FROM refresh_tokens WHERE token_hash = :token_hash"""
 LOCK_SESSION = """
-UPDATE sessions SET last_used_at = :last_used_at, address = :address, user_agent = :user_agent
-WHERE id = :id AND expires_at > :last_used_at RETURNING *"""
+UPDATE sessions SET last_used_at = :now, expires_at = :end, address = :address,
+    user_agent = :user_agent
+WHERE id = (SELECT session_id FROM refresh_tokens WHERE token_hash = :token_hash)
+    AND expires_at > :now AND created_at > :oldest RETURNING id, user_id"""
 USE_REFRESH_TOKEN = """
 UPDATE refresh_tokens SET used_at = :now
 WHERE token_hash = :token_hash AND used_at IS NULL AND expires_at > :now RETURNING id"""
-EXTEND_SESSION = "UPDATE sessions SET expires_at = :expires_at WHERE id = :id"
-END_SESSION = "DELETE FROM sessions WHERE id = :id"
-
-
-async def refresh_with(exchange: Exchange, token: str) -> TokenPair:
-    """The next tokens for a refresh token, which is used up. Errors: 401.
-
-    USE_REFRESH_TOKEN is the one atomic statement: of N racing requests, one gets a row. The session
-    is locked before its token, as a logout does it, so that the two cannot wait for each other.
-    """
-    tokens = None
-    this = {"token_hash": token_hash(token), "a_second_ago": now() - timedelta(seconds=1)}
-    async with database.transaction() as db:
-        found = await db.fetch(FIND_REFRESH_TOKEN, **this)
-        session_id = found[0]["session_id"] if found else 0
-        locked = await db.fetch(LOCK_SESSION, id=session_id, **client_columns(exchange))
-        if locked and await db.fetch(USE_REFRESH_TOKEN, **this):
-            session = SessionPublic.model_validate(locked[0])
-            last = session.created_at + timedelta(days=SESSION_DAYS)
-            end = min(now() + timedelta(days=settings.refresh_token_days), last)
-            await db.fetch(EXTEND_SESSION, id=session_id, expires_at=end)
-            tokens = await issue_tokens(db, locked[0]["user_id"], session_id, end)
-        elif found and found[0]["replayed"]:
-            await db.fetch(END_SESSION, id=session_id)
-    if tokens is None:
-        raise unauthorized("invalid_refresh_token", "This refresh token is not valid: log in.")
-    return tokens
+END_REPLAYED_SESSION = """
+DELETE FROM sessions WHERE id = (
+    SELECT session_id FROM refresh_tokens AS this WHERE token_hash = :token_hash
+        AND (used_at > :now OR used_at < :a_second_ago OR EXISTS (
+            SELECT 1 FROM refresh_tokens AS later WHERE later.session_id = this.session_id
+                AND later.id > this.id AND later.used_at IS NOT NULL)))"""
 
 
 @auth.post("/refresh", dependencies=[limited("refresh")])
 async def refresh(body: RefreshRequest, exchange: CurrentExchange) -> TokenPair:
     """Exchange a refresh token for the next pair. It works once.
 
-    A used one is a sign of theft: its session ends with every token of it, unless it comes within a
-    second of its use while the successor is still unused, which is a second tab and no thief.
+    A used one means theft: its session ends, unless it comes within a second of its use while the
+    successor is still unused, which is a second tab and no thief.
 
     Errors: 401 invalid_refresh_token
     Limit: refresh per address
     Ref: RFC 9700 §4.14.2
     """
-    return await refresh_with(exchange, body.refresh_token)
+    tokens = None
+    end = now() + timedelta(days=settings.refresh_token_days)
+    this = {"token_hash": token_hash(body.refresh_token), "end": end, **client_columns(exchange)}
+    this["oldest"] = now() - timedelta(days=SESSION_DAYS)
+    this["a_second_ago"] = now() - timedelta(seconds=1)
+    async with database.transaction() as db:
+        # The session is locked before its token, as a logout does it: neither waits for the other.
+        sessions = await db.fetch(LOCK_SESSION, **this)
+        if sessions and await db.fetch(USE_REFRESH_TOKEN, **this):  # Of racing ones, one gets it.
+            tokens = await issue_tokens(db, sessions[0]["user_id"], sessions[0]["id"], end)
+        else:
+            await db.fetch(END_REPLAYED_SESSION, **this)
+    if tokens is None:
+        raise unauthorized("invalid_refresh_token", "This refresh token is not valid: log in.")
+    return tokens
 
 
 OAUTH_ERROR: Responses = {400: {"model": OAuthError}}
@@ -2772,9 +2600,10 @@ async def grant_token(
     refusal = OAuthError(error="invalid_request", error_description="See /docs for the form.")
     try:
         if form.grant_type == "password" and form.username and form.password:
-            return await log_in_with(exchange, form.username, form.password)
+            known = Credentials(username=form.username, password=form.password)
+            return await log_in(known, exchange)
         if form.grant_type == "refresh_token" and form.refresh_token:
-            return await refresh_with(exchange, form.refresh_token)
+            return await refresh(RefreshRequest(refresh_token=form.refresh_token), exchange)
         if form.grant_type not in ("password", "refresh_token"):
             refusal.error = "unsupported_grant_type"
     except ApiError as error:
@@ -2785,43 +2614,35 @@ async def grant_token(
     return refusal
 
 
-LOGOUT_SCHEMA = {"$ref": "#/components/schemas/RefreshRequest"}
-LOGOUT_BODY = {"content": {JSON_TYPE: {"schema": LOGOUT_SCHEMA}}}
 OPTIONAL: list[Row] = [{"login": []}, {}]
+LOGOUT_BODY = {"content": {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/RefreshRequest"}}}}
+LOGOUT = {"requestBody": LOGOUT_BODY, "security": OPTIONAL}
 END_SESSION_OF_TOKEN = """
 DELETE FROM sessions
 WHERE id IN (SELECT session_id FROM refresh_tokens WHERE token_hash = :token_hash) RETURNING id"""
 
 
-@auth.post(
-    "/logout", status_code=204, openapi_extra={"requestBody": LOGOUT_BODY, "security": OPTIONAL}
-)
+@auth.post("/logout", status_code=204, openapi_extra=LOGOUT)
 async def log_out(request: Request, exchange: CurrentExchange) -> None:
-    """End this session: by access token, or by `refresh_token` in the body when that has expired.
-
-    Errors: 401 neither is valid
-    """
+    """End this session: by access token, or by `refresh_token` in the body. Errors: 401."""
+    header = request.headers.get("authorization", "")
     try:
-        header = request.headers.get("authorization", "")
         user = await logged_in_user(await counted_caller(exchange, "write", header))
-        return await end_own_session(user, user.session_id, "session", "IS NULL")
-    except ApiError as error:
-        refused = error
-    try:
-        token = RefreshRequest.model_validate_json(await request.body()).refresh_token
-    except pydantic.ValidationError:
-        raise refused from None
-    async with database.transaction() as db:
-        if not await db.fetch(END_SESSION_OF_TOKEN, token_hash=token_hash(token)):
-            raise refused
-    return None
+        await end_own_session(user, user.session_id, "session", "IS NULL")
+    except ApiError:
+        token = ""
+        with suppress(pydantic.ValidationError):
+            token = RefreshRequest.model_validate_json(await request.body()).refresh_token
+        async with database.transaction() as db:
+            if not await db.fetch(END_SESSION_OF_TOKEN, token_hash=token_hash(token)):
+                raise
 
 
 @auth.post("/logout_all", status_code=204)
 async def log_out_everywhere(user: LoggedInUser) -> None:
     """End every session of the caller; API tokens stay."""
-    async with acting(user) as db:
-        sql = "DELETE FROM sessions WHERE user_id = :user_id AND scope IS NULL"
+    sql = "DELETE FROM sessions WHERE user_id = :user_id AND scope IS NULL"
+    async with database.transaction() as db:
         await db.fetch(sql, user_id=user.id)
 
 
@@ -2835,16 +2656,14 @@ ORDER BY last_used_at DESC, id DESC"""
 async def list_sessions(user: LoggedInUser) -> Collection[SessionListed]:
     """The caller's logins, last used first."""
     await write_down_uses()
-    rows: Any = await user.read(LIST_SESSIONS, session_id=user.session_id)
-    return Collection(data=rows)
+    return Collection(data=await user.read(LIST_SESSIONS, session_id=user.session_id))
 
 
 async def end_own_session(user: Caller, session_id: int, kind: str, scope: str) -> None:
     """End a login (whose scope IS NULL) or an API token of the caller. Errors: 404."""
-    this = f"id = :id AND user_id = :user_id AND scope {scope}"
-    async with acting(user) as db:
-        sql = f"DELETE FROM sessions WHERE {this} RETURNING id"
-        only(await db.fetch(sql, id=session_id, user_id=user.id), kind, session_id)
+    sql = f"DELETE FROM sessions WHERE id = :id AND user_id = :user AND scope {scope} RETURNING id"
+    async with database.transaction() as db:
+        only(await db.fetch(sql, id=session_id, user=user.id), kind, session_id)
 
 
 @auth.delete("/sessions/{session_id}", status_code=204)
@@ -2860,39 +2679,38 @@ SELECT id, name, scope, created_at, nullif(last_used_at, created_at) AS last_use
 FROM sessions WHERE user_id = :user_id AND scope IS NOT NULL AND expires_at > :now ORDER BY id"""
 
 
-async def add_api_token(db: Transaction, user_id: int, **columns: Any) -> ApiTokenCreated:
+async def add_api_token(user_id: int, body: ApiTokenCreate) -> ApiTokenCreated:
     """A token that its owner sees once; here only its hash stays. Errors: 409 too_many_tokens."""
-    this = {"user_id": user_id, "never": NEVER}
-    if len(await db.fetch(LIST_API_TOKENS, **this)) >= MAX_API_TOKENS:
-        raise ApiError(409, "too_many_tokens", f"You have {MAX_API_TOKENS}. Delete one first.")
     token = API_TOKEN_PREFIX + secrets.token_urlsafe(32)
-    columns |= {"user_id": user_id, "address": "", "user_agent": ""}
-    columns["token_hash"] = token_hash(token)
-    columns["created_at"] = columns["last_used_at"] = now()
-    await db.insert("sessions", **columns)
-    rows = await db.fetch(LIST_API_TOKENS, **this)
-    return ApiTokenCreated.model_validate({**rows[-1], "token": token})
+    moment = now()
+    columns = {**body.model_dump(), "user_id": user_id, "address": "", "user_agent": ""}
+    columns |= {"token_hash": token_hash(token), "expires_at": body.expires_at or NEVER}
+    columns |= {"created_at": moment, "last_used_at": moment}
+    async with database.transaction() as db:
+        known = await db.fetch(LIST_API_TOKENS, user_id=user_id, never=NEVER)
+        if len(known) >= MAX_API_TOKENS:
+            raise ApiError(409, "too_many_tokens", f"You have {MAX_API_TOKENS}. Delete one first.")
+        rows = await db.insert("sessions", **columns)
+    shown = {"last_used_at": None, "expires_at": body.expires_at, "token": token}
+    return ApiTokenCreated.model_validate(rows[0] | shown)
 
 
 @auth.get("/api_tokens")
 async def list_api_tokens(user: LoggedInUser) -> Collection[ApiTokenPublic]:
     """The caller's tokens for scripts, oldest first."""
     await write_down_uses()
-    rows: Any = await user.read(LIST_API_TOKENS, never=NEVER)
-    return Collection(data=rows)
+    return Collection(data=await user.read(LIST_API_TOKENS, never=NEVER))
 
 
 @auth.post("/api_tokens", status_code=201)
 async def create_api_token(body: ApiTokenCreate, user: RecentUser) -> ApiTokenCreated:
-    """A token for a script, shown only now. It reaches tasks, and nothing of accounts.
+    """A token for a script, shown only now: for tasks, not for accounts.
 
-    Errors: 403 login_again when the session is older than 10 minutes; 409 too_many_tokens
+    Errors: 403 login_again, when the session is older than 10 minutes; 409 too_many_tokens
     """
-    end = body.expires_at or NEVER
-    if end <= now():
+    if body.expires_at and body.expires_at <= now():
         raise invalid([("expires_at", "must lie in the future")])
-    async with acting(user) as db:
-        return await add_api_token(db, user.id, name=body.name, scope=body.scope, expires_at=end)
+    return await add_api_token(user.id, body)
 
 
 @auth.delete("/api_tokens/{token_id}", status_code=204)
@@ -2924,26 +2742,25 @@ async def insist_on_another_admin(db: Transaction, user_id: int) -> None:
         raise ApiError(409, "last_admin", "The last active admin stays.")
 
 
-async def change_user(db: Transaction, user_id: int, values: Row, kept_session: int = 0) -> Row:
-    """New values of an account. A new password or disabling ends its other sessions and API tokens.
-
-    Errors: 404; 409 last_admin
-    """
-    before = only(await db.fetch(FIND_USER_BY_ID, id=user_id), "user", user_id)
-    columns = {**before, "password_hash": None, **values}
-    if columns["role"] != "admin" or not columns["is_active"]:
-        await insist_on_another_admin(db, user_id)
-    rows = await db.fetch(UPDATE_USER, **columns)
-    if columns["password_hash"] or not columns["is_active"]:
-        await db.fetch(END_SESSIONS_BUT, user_id=user_id, kept_session=kept_session)
-    return rows[0]
+async def change_user(user_id: int, values: Row, kept_session: int = 0) -> UserPublic:
+    """Change an account; a new password or disabling ends its other sessions. Errors: 404; 409."""
+    async with database.transaction() as db:
+        before = only(await db.fetch(FIND_USER_BY_ID, id=user_id), "user", user_id)
+        columns = {**before, "password_hash": None, **values}
+        if columns["role"] != "admin" or not columns["is_active"]:
+            await insist_on_another_admin(db, user_id)
+        rows = await db.fetch(UPDATE_USER, **columns)
+        if columns["password_hash"] or not columns["is_active"]:
+            await db.fetch(END_SESSIONS_BUT, user_id=user_id, kept_session=kept_session)
+    return UserPublic.model_validate(rows[0])
 
 
-async def remove_user(db: Transaction, user_id: int) -> None:
+async def remove_user(user_id: int) -> None:
     """An account with all that is theirs. Errors: 404; 409 last_admin."""
-    await insist_on_another_admin(db, user_id)
-    rows = await db.fetch("DELETE FROM users WHERE id = :id RETURNING id", id=user_id)
-    only(rows, "user", user_id)
+    async with database.transaction() as db:
+        await insist_on_another_admin(db, user_id)
+        rows = await db.fetch("DELETE FROM users WHERE id = :id RETURNING id", id=user_id)
+        only(rows, "user", user_id)
 
 
 @account.patch("")
@@ -2958,19 +2775,13 @@ async def update_account(body: UserUpdate, user: LoggedInUser) -> UserPublic:
         if not await verify_password(user.exchange, user.username, body.current_password):
             raise ApiError(403, "wrong_password", "current_password is wrong.")
         values["password_hash"] = await hash_password(body.password)
-    async with acting(user) as db:
-        changed = await change_user(db, user.id, values, kept_session=user.session_id)
-    return UserPublic.model_validate(changed)
+    return await change_user(user.id, values, kept_session=user.session_id)
 
 
 @account.delete("", status_code=204)
 async def delete_account(user: RecentUser) -> None:
-    """Delete the account with everything in it.
-
-    Errors: 403 login_again when the session is older than 10 minutes; 409 last_admin
-    """
-    async with acting(user) as db:
-        await remove_user(db, user.id)
+    """Delete the account with everything in it. Errors: 403 login_again; 409 last_admin."""
+    await remove_user(user.id)
 
 
 admin = APIRouter(prefix=f"{API}/admin", tags=["admin"])
@@ -2989,11 +2800,9 @@ async def list_users(user: AdminUser, query: Annotated[PageQuery, Query()]) -> P
 @admin.post("/users", status_code=201)
 async def create_user(body: AdminUserCreate, user: AdminUser) -> UserPublic:
     """Create an account. Errors: 403 admin_required; 409 username_taken."""
-    password_hash = await hash_password(body.password)
-    async with acting(user) as db:
-        created = await add_user(db, body.username, password_hash, body.role, email=body.email)
-    user.answer_with(Location=f"{BASE}/admin/users/{created['id']}")
-    return UserPublic.model_validate(created)
+    created = await add_user(body.username, body.password, body.role, body.email)
+    user.answer_with(Location=f"{BASE}/admin/users/{created.id}")
+    return created
 
 
 @admin.get("/users/{user_id}")
@@ -3004,30 +2813,24 @@ async def read_user(user_id: Id, user: AdminUser) -> UserPublic:
 
 
 @admin.patch("/users/{user_id}")
-async def update_user(user_id: Id, body: AdminUserUpdate, user: AdminUser) -> UserPublic:
-    """Change role, `is_active` or password; disabling and a new password end all sessions.
-
-    Errors: 403 admin_required; 404 absent; 409 last_admin
-    """
+async def update_user(user_id: Id, body: AdminUserUpdate, _user: AdminUser) -> UserPublic:
+    """Change role, `is_active` or password. Errors: 403 admin_required; 404; 409 last_admin."""
     values = body.model_dump(exclude_unset=True, exclude={"password"})
     if body.password:
         values["password_hash"] = await hash_password(body.password)
-    async with acting(user) as db:
-        changed = await change_user(db, user_id, values)
-    return UserPublic.model_validate(changed)
+    return await change_user(user_id, values)
 
 
 @admin.delete("/users/{user_id}", status_code=204)
-async def delete_user(user_id: Id, user: AdminUser) -> None:
+async def delete_user(user_id: Id, _user: AdminUser) -> None:
     """Delete an account with everything in it. Errors: 403 admin_required; 404; 409 last_admin."""
-    async with acting(user) as db:
-        await remove_user(db, user_id)
+    await remove_user(user_id)
 
 
-@admin.get("/tasks", responses={200: {"model": Page[TaskPublic]}}, response_class=Response)
-async def list_all_tasks(user: AdminUser, query: Annotated[AdminTaskQuery, Query()]) -> Response:
+@admin.get("/tasks")
+async def list_all_tasks(user: AdminUser, query: Annotated[AdminTaskQuery, Query()]) -> TaskPage:
     """Every owner's tasks, with the filters of GET /tasks and `owner_id`. Errors: 403; 503."""
-    return JSON(await page_of_tasks(user, f"{BASE}/admin/tasks", query))
+    return await page_of_tasks(user, f"{BASE}/admin/tasks", query)
 
 
 @admin.post("/cleanup", status_code=202, response_class=Response)
@@ -3067,9 +2870,7 @@ async def read_metrics(request: Request) -> Response:
     if settings.metrics == "off":
         raise ApiError(404, "not_found", "METRICS is off.")
     if settings.metrics == "admin":
-        caller = await authenticate(request.headers.get("authorization", ""))
-        if caller.role != "admin":
-            raise ApiError(403, "admin_required", "Only an admin may do this.")
+        await admin_user(await authenticate(request.headers.get("authorization", "")))
     figures = prometheus_client.generate_latest()
     return Response(figures, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
@@ -3082,7 +2883,6 @@ async def read_root() -> Response:
     return JSONResponse({"name": "Onefile Tasks", "version": VERSION})
 
 
-live = APIRouter()
 HELLO_SECONDS = 5.0
 ClientId = Annotated[str, PathParameter(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
@@ -3094,41 +2894,12 @@ class Hello(Body):
     since: Seq | None = None
 
 
-def close_code(error: Exception) -> tuple[int, str]:
-    """Why a socket ends. Ref: RFC 6455 §7.4."""
-    if isinstance(error, ApiError):
-        return (4401 if error.status_code == 401 else 1013), error.detail
-    if isinstance(error, TimeoutError):
-        return 4401, "no token came in time"
-    if isinstance(error, KeyError | pydantic.ValidationError):
-        return 1003, 'frames are text; the first one is {"token": "…", "since": 17}'
-    return 1007, "frames are JSON"
-
-
-SOCKET_ERRORS = (ApiError, TimeoutError, KeyError, ValueError, RecursionError)
-
-
 async def watch_peer(socket: WebSocket, stream: Stream) -> None:
-    """After hello a client has nothing to say: JSON is ignored, anything else ends the stream."""
-    try:
-        async for _ in socket.iter_json():
-            pass
-        stream.close(1000, "")
-    except WebSocketDisconnected:
-        stream.close(1000, "")
-    except SOCKET_ERRORS as error:
-        stream.close(*close_code(error))
-
-
-async def meet(socket: WebSocket, since: int | None) -> tuple[Caller, int | None]:
-    """Who is there and where to resume, by header or by a first frame. Errors: SOCKET_ERRORS."""
-    header = socket.headers.get("authorization")
-    if header is None:
-        async with asyncio.timeout(HELLO_SECONDS):
-            hello = Hello.model_validate(await socket.receive_json())
-        header = f"Bearer {hello.token}"
-        since = hello.since
-    return await counted_caller(exchange_of(socket), "read", header), since
+    """After hello a client has nothing to say: texts are ignored. It ends the stream by leaving."""
+    while (message := await socket.receive())["type"] == "websocket.receive":
+        if message.get("text") is None:
+            stream.close(1003, "frames are text")
+    stream.close(1000, "")
 
 
 async def send_events(socket: WebSocket, stream: Stream) -> None:
@@ -3136,56 +2907,55 @@ async def send_events(socket: WebSocket, stream: Stream) -> None:
     await socket.send_text(f'{{"type":"hello","seq":{stream.cursor}}}')
     if stream.stale:
         await socket.send_text('{"type":"resync_required"}')
-    async for event in stream.events():
-        try:
+    try:
+        async for event in stream.events():
             async with asyncio.timeout(SEND_SECONDS):
                 await socket.send_text(event.text)
-        except TimeoutError:
-            stream.close(1013, "the client did not read")
+    except TimeoutError:
+        stream.close(1013, "the client did not read")
 
 
-@live.websocket("/ws/tasks/{client_id}")
+@app.websocket("/ws/tasks/{client_id}")
 async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = None) -> None:
-    """Live updates over a WebSocket; the README has the protocol. Ref: RFC 6455."""
+    """Live updates over a WebSocket; the README has the protocol. Ref: RFC 6455 §7.4."""
     await socket.accept()
     try:
-        user, since = await meet(socket, since)
+        header = socket.headers.get("authorization")
+        if header is None:
+            async with asyncio.timeout(HELLO_SECONDS):
+                hello = Hello.model_validate_json(await socket.receive_text())
+            header = f"Bearer {hello.token}"
+            since = hello.since
+        user = await counted_caller(exchange_of(socket), "read", header)
         async with open_stream(user, since, client_id) as stream:
             watching = asyncio.create_task(watch_peer(socket, stream))
             await send_events(socket, stream)
             watching.cancel()
         end = stream.end or (1000, "")
-    except SOCKET_ERRORS as error:
-        end = close_code(error)
+    except TimeoutError:
+        end = (4401, "no token came in time")
+    except (KeyError, pydantic.ValidationError):
+        end = (1003, 'the first frame is text like {"token": "…", "since": 17}')
+    except ApiError as error:
+        end = (4401 if error.status_code == 401 else 1013, error.detail)
     await socket.close(*end)
 
 
-docs = app.router.routes[:]  # Tried last: FastAPI tries one route after the other.
-for router in (tasks, attachments, auth, account, live, admin, health):
+for router in (health, admin, account, auth, attachments, tasks):
     app.include_router(router)
-app.router.routes[:] = [*app.router.routes[len(docs) :], *docs]
+app.router.routes.reverse()  # They are tried one after the other: tasks first, /docs last.
 
 # ── 12 Command line ─────────────────────────────────────────────────────────────────────────────
 # Commands work beside a running server: the database's own locks are all that they need, and what
 # they end is ended for the very next request.
 
 
-class Server(uvicorn.Server):
-    """uvicorn, which ends the streams before it waits for the open connections."""
-
-    async def shutdown(self, sockets: Any = None) -> None:
-        """Stop. Ref: RFC 6455 §7.4.1."""
-        for stream in broadcaster.everybody():
-            stream.close(1001, "the server is going away")
-        await super().shutdown(sockets)
-
-
 def serve(reload: bool) -> None:
     """Listen, say where, and serve until Ctrl-C or SIGTERM. Errors: SystemExit."""
     options: Any = {"host": settings.host, "port": settings.port, "reload": reload}
-    options |= {"http": "h11", "ws": BoundedWebSocket, "ws_max_size": MAX_SOCKET_BYTES}
-    options |= {"ws_per_message_deflate": False, "proxy_headers": False}
-    options |= {"timeout_graceful_shutdown": 5, "log_config": None, "log_level": "critical"}
+    options |= {"http": "h11", "proxy_headers": False, "timeout_graceful_shutdown": 3}
+    options |= {"ws": BoundedWebSocket, "ws_max_size": MAX_SOCKET_BYTES}
+    options |= {"ws_per_message_deflate": False, "log_config": None, "log_level": "critical"}
     config = uvicorn.Config("app:app" if reload else app, **options)
     try:
         listener = config.bind_socket()
@@ -3197,7 +2967,7 @@ def serve(reload: bool) -> None:
     docs = f"{url}/docs" if settings.docs == "on" else "off"
     print(f"  Listening  {url}   (Ctrl-C ends it)\n  Docs       {docs}")
     print(f"  Accounts   registration is {settings.registration}", flush=True)
-    server = Server(config)
+    server = uvicorn.Server(config)
     with suppress(KeyboardInterrupt):
         if reload:
             ChangeReload(config, target=server.run, sockets=[listener]).run()
@@ -3207,10 +2977,9 @@ def serve(reload: bool) -> None:
 
 def ask_password() -> str:
     """A password, typed twice, or read from standard input when that is no terminal."""
-    if not sys.stdin.isatty():
-        return checked(Password, sys.stdin.readline().rstrip("\r\n"), "password")
-    password = checked(Password, getpass.getpass("Password: "), "password")
-    if getpass.getpass("Again: ") != password:
+    typed = getpass.getpass("Password: ") if sys.stdin.isatty() else sys.stdin.readline()
+    password = checked(Password, typed.rstrip("\r\n"), "password")
+    if sys.stdin.isatty() and getpass.getpass("Again: ") != password:
         raise SystemExit("The two are not the same; nothing was changed.")
     return password
 
@@ -3221,20 +2990,17 @@ async def run_command(given: argparse.Namespace) -> str:
         if given.command is None:
             return f"  Data       {database.path.resolve()}"
         name = checked(Username, given.name, "NAME")
-        user = await database.lookup(FIND_USER, username_key=username_key(name)) or {}
-        if not user and given.command != "create-user":
+        if given.command == "create-user":
+            await add_user(name, ask_password(), given.role)
+            return f"{name} can log in now, with the role {given.role}."
+        user = await database.lookup(FIND_USER, username_key=username_key(name))
+        if user is None:
             raise SystemExit(f"There is no user {name}.")
-        if given.command != "token":
-            password_hash = await hash_password(ask_password())
-        async with database.transaction() as db:
-            if given.command == "create-user":
-                await add_user(db, name, password_hash, given.role)
-                return f"{name} can log in now, with the role {given.role}."
-            if given.command == "reset-password":
-                await change_user(db, user["id"], {"password_hash": password_hash})
-                return f"{name} has a new password; old sessions and API tokens have ended."
-            columns = {"name": "command line", "scope": given.scope, "expires_at": NEVER}
-            created = await add_api_token(db, user["id"], **columns)
+        if given.command == "reset-password":
+            await change_user(user["id"], {"password_hash": await hash_password(ask_password())})
+            return f"{name} has a new password; old sessions and API tokens have ended."
+        token = ApiTokenCreate(name="command line", scope=given.scope)
+        created = await add_api_token(user["id"], token)
         print(f"A token of {name} that may {given.scope} and never expires:", file=sys.stderr)
         return created.token
 
