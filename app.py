@@ -1522,9 +1522,10 @@ def text_bytes(task: Row) -> int:
 class Change:
     """A transaction that changes a user's tasks, at the seq that it took."""
 
-    def __init__(self, db: Transaction, user: Caller) -> None:
+    def __init__(self, db: Transaction, user: Caller, counted: int) -> None:
         self.db = db
         self.user = user
+        self.counted = counted  # Bytes that the user's storage has grown by already.
         self.moment = now()
         self.written: list[TaskPublic] = []
 
@@ -1549,13 +1550,14 @@ class Change:
         return TASK.validate_python(row)
 
     async def create(self, values: Row) -> TaskPublic:
-        """A new task, of the size given to `changing`. Errors: Replayed, by its idempotency_key."""
+        """A new task. Errors: 413; Replayed, with the task that its idempotency_key made before."""
         key = values.get("idempotency_key")
         rows = await self.db.fetch(FIND_BY_KEY, user_id=self.user.id, key=key) if key else []
         if rows:
             raise Replayed(TASK.validate_python(rows[0]))
         columns = {"owner_id": self.user.id, "attachments": 0, "created_at": self.moment, **values}
         self.derive(columns)
+        await self.grow(columns["text_bytes"] - self.counted)
         return self.note(await self.db.insert("tasks", **columns))
 
     async def update(self, task: TaskPublic, values: Row) -> TaskPublic:
@@ -1608,7 +1610,7 @@ RETURNING seq, storage_bytes"""
 async def changing(user: Caller, size: int = 0) -> AsyncIterator[Change]:
     """Take the user's next seq, if their session still lives; after the commit, tell of it.
 
-    `size` is how many bytes the change adds to their storage. Errors: 401; 413
+    `size` is how many bytes it adds to their storage, as far as known. Errors: 401; 413
     """
     this = {"user_id": user.id, "session_id": user.session_id, "size": size}
     async with database.transaction() as db:
@@ -1618,7 +1620,7 @@ async def changing(user: Caller, size: int = 0) -> AsyncIterator[Change]:
         insist_on_room(rows[0]["storage_bytes"], size)
         user.seq = rows[0]["seq"]
         user.answer_with(ETag=f'"{user.seq}"')  # The version of what is written now.
-        change = Change(db, user)
+        change = Change(db, user, size)
         yield change
     broadcaster.ring(user.id, user.seq)
     for task in change.written:
@@ -2137,7 +2139,7 @@ def query_parameters(model: type[BaseModel]) -> Row:
 
 
 def parse_query(request: Request) -> TaskQuery:
-    """The filters of a list. FastAPI reads twelve parameters in 70 µs, pydantic in 5. Errors: 422."""
+    """The filters of a list, all at once: FastAPI takes them one by one, for 70 µs. Errors: 422."""
     given = request.query_params
     lists = {name: given.getlist(name) for name in given.keys() & {"status", "priority"}}
     try:
