@@ -1833,7 +1833,10 @@ class Conversation:
             message = {**message, "body": message.get("body", b"") + self.newline}
         else:
             self.status = message.get("code", 101)
-        async with asyncio.timeout(SEND_SECONDS if message.get("more_body") else None):
+        if message.get("more_body"):  # A stream, whose reader may have stopped reading.
+            async with asyncio.timeout(SEND_SECONDS):
+                await self.raw_send(message)
+        else:
             await self.raw_send(message)
         if self.method == "HEAD":
             await self.raw_send({"type": "http.response.body"})

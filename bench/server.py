@@ -29,12 +29,7 @@ OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 # A developer's own settings must not change a measurement, so no others reach a server.
 KEPT = ("PATH", "HOME", "LD_LIBRARY_PATH", "SYSTEMROOT", "PYTHONDONTWRITEBYTECODE")
-SETTINGS = {
-    "ACCESS_TOKEN_MINUTES": "1440",
-    "RATE_LIMITS": "off",
-    "LOG_LEVEL": "warning",
-    "PYTHONPATH": str(ROOT),
-}
+SETTINGS = {"ACCESS_TOKEN_MINUTES": "1440", "RATE_LIMITS": "off", "PYTHONPATH": str(ROOT)}
 
 
 def pin(cores: list[int]) -> None:
@@ -52,7 +47,7 @@ def free_port() -> int:
 
 
 class Server:
-    """A process that serves HTTP. What it has to say goes to standard error."""
+    """A process that serves HTTP. What it has to say goes to `log`."""
 
     def __init__(
         self, command: list[str], port: int, directory: Path, settings: dict[str, str]
@@ -62,9 +57,10 @@ class Server:
         environment = {name: os.environ[name] for name in KEPT if name in os.environ} | settings
         pin(SERVER_CORES)
         try:
-            self.process = subprocess.Popen(
-                command, cwd=directory, env=environment, stdout=subprocess.DEVNULL
-            )
+            self.log = directory / "log.txt"
+            with self.log.open("ab") as log:
+                said: Any = {"stdout": subprocess.DEVNULL, "stderr": log}
+                self.process = subprocess.Popen(command, cwd=directory, env=environment, **said)
         finally:
             pin(CLIENT_CORES)
 
@@ -77,7 +73,7 @@ class Server:
                 return
             time.sleep(0.005)
         self.close()
-        raise RuntimeError("the server did not answer")
+        raise RuntimeError(f"the server did not answer: {self.log.read_text()[-2000:]}")
 
     def call(self, method: str, path: str, body: object = None, token: str = "") -> Any:
         """One request on a connection of its own: the JSON of its answer. Errors: OSError."""
