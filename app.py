@@ -2531,12 +2531,19 @@ def client_columns(exchange: Exchange) -> Row:
     return {"address": exchange.address, "user_agent": agent}
 
 
-async def start_session(exchange: Exchange, user_id: int) -> TokenPair:
-    """A new session, and its first tokens."""
+STILL_VERIFIED = """
+UPDATE users SET seq = seq
+WHERE id = :id AND is_active AND :password_hash IN ('', password_hash) RETURNING id"""
+
+
+async def start_session(exchange: Exchange, user_id: int, password_hash: str = "") -> TokenPair:
+    """A new session with its first tokens, if the verified password still holds. Errors: 401."""
     moment = now()
     end = moment + timedelta(days=settings.refresh_token_days)
     times = {"created_at": moment, "last_used_at": moment, "expires_at": end}
     async with database.transaction() as db:
+        if not await db.fetch(STILL_VERIFIED, id=user_id, password_hash=password_hash):
+            raise unauthorized("invalid_credentials", "The account has just changed: try again.")
         rows = await db.insert("sessions", user_id=user_id, **times, **client_columns(exchange))
         return await issue_tokens(db, user_id, rows[0]["id"], end)
 
@@ -2567,7 +2574,7 @@ async def log_in(body: Credentials, exchange: CurrentExchange) -> TokenPair:
         raise unauthorized("invalid_credentials", "Wrong username or password.")
     if not user["is_active"]:
         raise ApiError(403, "account_disabled", "This account is disabled.")
-    return await start_session(exchange, user["id"])
+    return await start_session(exchange, user["id"], user["password_hash"])
 
 
 LOCK_SESSION = """

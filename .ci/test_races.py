@@ -23,15 +23,9 @@ DISABLED = "UPDATE users SET is_active = FALSE WHERE username = 'alice'"
 OUSTED = "UPDATE users SET password_hash = 'x' WHERE username = 'alice'"
 MEANWHILE = {
     # Whose request is under way, and what happens while bcrypt compares or hashes.
-    "logged out": (("alice", "PATCH", "/users/me", CHANGE), "DELETE FROM sessions"),
     "disabled at login": (LOGIN, DISABLED),
     "another password at login": (LOGIN, OUSTED),
     "deleted at login": (LOGIN, "DELETE FROM users WHERE username = 'alice'"),
-    "demoted": (("admin", "POST", "/admin/users", NEWCOMER), "UPDATE users SET role = 'user'"),
-    "deleted": (
-        ("admin", "PATCH", "/admin/users/2", {"password": CHANGE["password"]}),
-        "DELETE FROM users WHERE username = 'admin'",
-    ),
 }
 
 
