@@ -1457,9 +1457,8 @@ class Stream:
                 await self.wake.wait()
                 continue
             for event in await self.missed():
-                if not self.end:
-                    self.cursor = event.seq
-                    yield event
+                self.cursor = event.seq
+                yield event
 
 
 @asynccontextmanager
@@ -1898,8 +1897,6 @@ class Gateway:
             conversation.status = conversation.status or 499  # What proxies call it.
         except asyncio.CancelledError:
             await conversation.fail(try_later("server_stopping", "The server is stopping."))
-        except HTTPException as error:
-            await conversation.fail(error)
         except Exception:
             log.exception("%s failed", conversation.exchange.request_id)
             message = "Something failed here; the log knows more by this request_id."
@@ -2671,8 +2668,9 @@ async def log_out(request: Request, exchange: CurrentExchange) -> None:
         with suppress(pydantic.ValidationError):
             token = RefreshRequest.model_validate_json(await request.body()).refresh_token
         async with database.transaction() as db:
-            if not await db.fetch(END_SESSION_OF_TOKEN, token_hash=token_hash(token)):
-                raise
+            ended = await db.fetch(END_SESSION_OF_TOKEN, token_hash=token_hash(token))
+        if not ended:
+            raise
 
 
 @auth.post("/logout_all", status_code=204)
