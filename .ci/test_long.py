@@ -13,6 +13,7 @@ import os
 import socket
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +23,18 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import API, CHEAP_PASSWORDS, DEADLINE, PASSWORD, Server, Watch, good, report, together
+from conftest import (
+    API,
+    CHEAP_PASSWORDS,
+    DEADLINE,
+    PASSWORD,
+    ROOT,
+    Server,
+    Watch,
+    good,
+    report,
+    together,
+)
 from server import multiply
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
@@ -443,3 +455,34 @@ def test_a_refused_offer_of_http2_keeps_its_body(server):
     done = subprocess.run([*command, url], capture_output=True, text=True, check=True)
     assert done.stdout == "201"
     assert [task["title"] for task in alice.get("/tasks").json()["data"]] == ["Upgraded"] * 2
+
+
+def test_thousands_of_marks_are_refused_and_not_normalised(server):
+    """Issue: 21,000 of these took 2.2 s under the GIL, because normalising sorts a run of marks."""
+    alice = server.person("alice")
+    marks = "\u0f73" * 21_000
+    bodies = {
+        "/auth/register": {"username": marks, "password": PASSWORD},
+        "/auth/login": {"username": marks, "password": PASSWORD},
+        "/tasks": {"title": marks},
+    }
+    with Watch(server) as watch:
+        for route, body in bodies.items():
+            assert alice.post(route, json=body).status_code == 422
+        description = {"title": "x", "description": marks[:9_000]}
+        assert alice.post("/tasks", json=description).status_code == 422
+    watch.report("21,000 marks", limit_ms=200)
+
+
+def test_a_database_without_its_wal_is_no_backup(server, tmp_path):
+    server.person("alice").post("/tasks", json={"title": "x"})
+    for suffix in ("-wal", "-shm"):
+        (server.folder / "data" / f"tasks.db{suffix}").unlink()
+    command = [sys.executable, str(ROOT / "tools" / "backup.py"), "make", str(tmp_path / "b.db")]
+    environment = os.environ | {"DATA_DIR": "data"}
+    made = subprocess.run(
+        command, cwd=server.folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert made.returncode, made.stdout
+    assert "tasks.db" in made.stderr
+    assert not (tmp_path / "b.db").exists()
