@@ -13,7 +13,7 @@ Sections
    6  Passwords and tokens  bcrypt, JWT, opaque tokens: functions that know nothing of HTTP
    7  Who asks              one statement a request says who this is, and their seq
    8  Rate limits           SlowAPI's moving windows, and the dependencies that count
-   9  Live updates          the one number per user, and the streams that follow it
+   9  Live updates          the number per user, the changes that take it, the streams that follow
   10  Application           start and stop, the outermost ASGI layer, error handlers
   11  Routes                auth, users, tasks, attachments, live, admin, health
   12  Command line          serve, accounts and tokens
@@ -124,7 +124,7 @@ from uvicorn.supervisors import ChangeReload
 
 VERSION = "2.0.0"
 API = "/api/v1"
-MAX_ID = 2**63 - 1  # Integers of SQLite and PostgreSQL end here.
+MAX_ID = 2**63 - 1  # The integers of databases end here.
 MIB = 2**20
 NEVER = datetime(9999, 12, 31, tzinfo=UTC)
 
@@ -132,7 +132,7 @@ Row = dict[str, Any]
 T = TypeVar("T")
 log = logging.getLogger("onefile_tasks")
 
-# What /metrics shows; the rest is in the labels: status 429 is a limit, 401 a wrong password.
+# What /metrics shows; the rest is in the labels: status 429 is a limit, 401 a failed login.
 LABELS = ["method", "route", "status"]
 REQUESTS = prometheus_client.Histogram("onefile_tasks_http_request_seconds", "Requests.", LABELS)
 STREAMS = prometheus_client.Gauge("onefile_tasks_live_connections", "Open streams.")
@@ -220,13 +220,13 @@ settings = load_settings()
 
 
 def now() -> datetime:
-    """The one clock, in UTC. Tests set it by hand."""
+    """The clock of all that is stored or expires, in UTC. Tests set it by hand."""
     return datetime.now(UTC)
 
 
 # ── 2 Errors ────────────────────────────────────────────────────────────────────────────────────
 # One envelope for every error, whoever noticed it. Small factories, so that a route shows a raise.
-# Messages say the next step, and never repeat a sent value: it may be a password or a script.
+# Messages say the next step, and never repeat a sent text: it may be a password or a script.
 
 
 class ApiError(HTTPException):
@@ -277,7 +277,7 @@ def resync_required() -> ApiError:
 
 
 # ── 3 Database ──────────────────────────────────────────────────────────────────────────────────
-# SQL is constant text in words that SQLite and PostgreSQL share, and runs without an ORM: building
+# SQL is constant text, in words that other databases share, and runs without an ORM: building
 # a statement costs more than running it. A hop to a driver's thread costs more than most of them,
 # so a request makes few. Whoever waits to write shares one COMMIT with all who wait: a durable
 # commit costs a flush of the disk, however many writes it carries.
@@ -494,8 +494,8 @@ def upgrade(connection: sa.Connection, path: Path) -> None:
 
 
 # ── 4 Tables ────────────────────────────────────────────────────────────────────────────────────
-# Each table is two classes: the public half is also the answer that clients get, the private half
-# never leaves. SQLModel creates the tables; the SQL that fills them stands where it is used.
+# Most tables are two classes: the public half is also the answer that clients get, the private half
+# does not leave. SQLModel creates the tables; the SQL that fills them stands where it is used.
 # AUTOINCREMENT: the id of something purged is never handed out again.
 
 Role = Literal["user", "admin"]
@@ -1119,7 +1119,7 @@ WHERE (sessions.id = :session_id AND user_id = :user_id OR token_hash = :token_h
 
 
 class Exchange:
-    """One request or socket: what is gathered for its answer and for its line in the log."""
+    """What is gathered during one request or socket, for its answer and its line in the log."""
 
     def __init__(self, scope: Scope) -> None:
         self.request_headers = Headers(scope=scope)
@@ -1132,6 +1132,12 @@ class Exchange:
         self.headers: dict[str, str] = {}  # Of an answer that is no error.
         self.limit_headers: dict[str, str] = {}  # Of any answer.
         self.remaining = math.inf
+
+
+def etag_matches(header: str, etag: str) -> bool:
+    """Whether a header is `*` or names this ETag; weak ones count. Ref: RFC 9110 §13.1."""
+    tags = [tag.strip().removeprefix("W/") for tag in header.split(",")]
+    return "*" in tags or etag.removeprefix("W/") in tags
 
 
 class Caller(UserPublic):
@@ -1191,12 +1197,6 @@ async def authenticate(authorization: str) -> Caller:
         raise unauthorized("session_ended", "This token's session has ended: log in.")
     last_uses[caller.session_id] = now()
     return caller
-
-
-def etag_matches(header: str, etag: str) -> bool:
-    """Whether a header is `*` or names this ETag; weak ones count. Ref: RFC 9110 §13.1."""
-    tags = [tag.strip().removeprefix("W/") for tag in header.split(",")]
-    return "*" in tags or etag.removeprefix("W/") in tags
 
 
 # ── 8 Rate limits ───────────────────────────────────────────────────────────────────────────────
@@ -1477,7 +1477,7 @@ async def open_stream(
     streams.add(stream)
     try:
         # Registered first, read second: a commit in between is noticed by one or the other.
-        start = await changes_after(user.id, MAX_ID - 1, 1)
+        start = await changes_after(user.id, MAX_ID - 1, 1)  # No task: only the user's numbers.
         stream.stale = since is not None and start.stale(since)
         stream.cursor = start.seq if since is None or stream.stale else since
         stream.newest = max(stream.newest, start.seq)
@@ -1516,6 +1516,13 @@ def text_bytes(task: Row) -> int:
     """What a task's texts count against the storage of its owner."""
     texts = (task["title"], task["description"] or "")
     return sum(len(text.encode()) + len(folded(text).encode()) for text in texts)
+
+
+def insist_on_room(storage_bytes: int, size: int) -> None:
+    """Errors: 413 storage_full, if `size` more bytes are too many."""
+    if size > 0 and storage_bytes > settings.max_storage_mib * MIB:
+        message = f"Your tasks and attachments may have {settings.max_storage_mib} MiB."
+        raise ApiError(413, "storage_full", message)
 
 
 class Change:
@@ -1589,13 +1596,6 @@ class Change:
         if size:
             rows = await self.db.fetch(GROW_STORAGE, user_id=self.user.id, size=size)
             insist_on_room(rows[0]["storage_bytes"], size)
-
-
-def insist_on_room(storage_bytes: int, size: int) -> None:
-    """Errors: 413 storage_full, if `size` more bytes are too many."""
-    if size > 0 and storage_bytes > settings.max_storage_mib * MIB:
-        message = f"Your tasks and attachments may have {settings.max_storage_mib} MiB."
-        raise ApiError(413, "storage_full", message)
 
 
 TAKE_SEQ = """
@@ -1751,7 +1751,7 @@ async def write_down_uses() -> None:
 
 
 async def clean_up() -> None:
-    """Remove what has expired: sessions, used refresh tokens, trash older than TRASH_DAYS."""
+    """Remove what has expired: sessions and refresh tokens; and trash older than TRASH_DAYS."""
     global last_cleanup
     removed: dict[str, int | datetime] = {}
     async with database.transaction() as db:
@@ -1784,7 +1784,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     """Start: logging, database, chores. Stop: end the chores, finish the writes."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(settings.log_level.upper())
-    cached_pages.clear()
+    cached_pages.clear()  # Of section 11: another database, in a test.
     async with opened_database(), asyncio.TaskGroup() as group:
         looking = group.create_task(every(LOOK_SECONDS, broadcaster.look))
         noting = group.create_task(every(USES_SECONDS, write_down_uses))
@@ -1796,7 +1796,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
 
 
 class Conversation:
-    """One request or socket: `receive` measures its body, `send` completes its answer."""
+    """The wire of one request or socket: `receive` measures a body, `send` completes an answer."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.exchange = Exchange(scope)
@@ -1824,7 +1824,7 @@ class Conversation:
         return message
 
     async def send(self, message: Message) -> None:
-        """Complete the head, end JSON with a newline, a HEAD after its head."""
+        """Complete the headers, end JSON with a newline, stop a HEAD after its headers."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self.complete_head(message)
@@ -1833,13 +1833,16 @@ class Conversation:
         else:
             self.status = message.get("code", 101)
         if message.get("more_body"):  # A stream, whose reader may have stopped reading.
-            async with asyncio.timeout(SEND_SECONDS):
-                await self.raw_send(message)
+            try:
+                async with asyncio.timeout(SEND_SECONDS):
+                    await self.raw_send(message)
+            except TimeoutError:
+                raise ClientDisconnect from None
         else:
             await self.raw_send(message)
         if self.method == "HEAD":
             await self.raw_send({"type": "http.response.body"})
-            raise ClientDisconnect
+            raise ClientDisconnect  # Leaves the app; Gateway takes it for a client that left.
 
     def complete_head(self, message: Message) -> None:
         """Headers of every answer."""
@@ -1893,7 +1896,7 @@ class Gateway:
         conversation = Conversation(scope, receive, send)
         try:
             await self.app(conversation.scope, conversation.receive, conversation.send)
-        except (ClientDisconnect, WebSocketDisconnect, WebSocketDisconnected, TimeoutError):
+        except (ClientDisconnect, WebSocketDisconnect, WebSocketDisconnected):
             conversation.status = conversation.status or 499  # What proxies call it.
         except asyncio.CancelledError:
             await conversation.fail(try_later("server_stopping", "The server is stopping."))
@@ -1939,7 +1942,7 @@ def refused_field(problem: Any) -> tuple[str, str]:
 
 
 async def on_validation_error(request: Request, error: Any) -> Response:
-    """What FastAPI or pydantic refused. Errors: 400; 405; 415; 422."""
+    """What FastAPI or pydantic refused. Errors: 400; 415; 422."""
     problems = error.errors()
     if request.scope["path"].endswith("/auth/token"):
         oauth = {"error": "invalid_request", "error_description": "See /docs for the form."}
@@ -1962,7 +1965,8 @@ async def on_database_failure(request: Request, error: Exception) -> Response:
 
 
 DESCRIPTION = """Tasks for one or many people. Errors have one shape; besides what a route names,
-any may answer 400 (broken JSON), 401, 413 (too large), 415 (no JSON), 422, 429 and 503."""
+any may answer 400 (broken JSON), 401, 403 (an API token of less scope), 413 (too large), 415 (no
+JSON), 422, 429 and 503."""
 TAGS = {
     "auth": "Accounts, logins, and tokens for scripts.",
     "users": "The caller's own account.",
@@ -1996,6 +2000,7 @@ if settings.cors_origins:  # No credentials: a token is no cookie. Ref: Fetch §
     allowed: Any = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"]}
     app.add_middleware(CORSMiddleware, expose_headers=EXPOSED_HEADERS.split(), **allowed)
 app.add_middleware(Gateway)
+# Added last, so around Gateway: it corrects the caller's address, and nothing else.
 app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)
 
 
@@ -2068,6 +2073,7 @@ tasks = APIRouter(prefix=f"{API}/tasks", tags=["tasks"])
 TRASH = {True: "deleted_at IS NOT NULL", False: "deleted_at IS NULL"}
 FILTERS = {
     "owner_id": "owner_id = :owner_id",
+    # The wanted ones arrive joined by commas: "todo,done".
     "status": ":status LIKE '%' || status || '%'",
     "priority": ":priority LIKE '%' || priority || '%'",
     "completed": "completed = :completed",
@@ -2447,7 +2453,7 @@ RETURNING {ATTACHMENT_COLUMNS}"""
 async def attach_file(
     task: OwnedTask, user: CurrentUser, request: Request, if_match: IfMatch = None
 ) -> AttachmentPublic:
-    """Keep a file at a task, which gets its next version. Named by its last path segment.
+    """Keep a file at a task, which gets its next version. Its name is the last segment of a path.
 
     Errors: 400 invalid_form; 404 absent or not yours; 409 too_many_attachments; 412 stale version;
     413 body_too_large, storage_full; 415 unsupported_file_type
@@ -2460,7 +2466,8 @@ async def attach_file(
         await change.update(task, {"attachments": task.attachments + 1})
         this = {"task_id": task.id, "created_at": change.moment}
         rows = await change.db.fetch(ADD_ATTACHMENT, **file, **this)
-    user.answer_with(Location=f"{BASE}/attachments/{rows[0]['id']}")
+    etag = f'"{rows[0]["sha256"]}"'
+    user.answer_with(Location=f"{BASE}/attachments/{rows[0]['id']}", ETag=etag)
     return AttachmentPublic.model_validate(rows[0])
 
 
@@ -2528,6 +2535,7 @@ def client_columns(exchange: Exchange) -> Row:
     return {"address": exchange.address, "user_agent": agent}
 
 
+# After a registration no password was verified: then it is ''.
 STILL_VERIFIED = """
 UPDATE users SET seq = seq
 WHERE id = :id AND is_active AND :password_hash IN ('', password_hash) RETURNING id"""
@@ -2905,6 +2913,7 @@ async def read_metrics(request: Request) -> Response:
     if settings.metrics == "off":
         raise ApiError(404, "not_found", "METRICS is off.")
     if settings.metrics == "admin":
+        # Called directly, so that an admin's API token passes: Prometheus cannot log in.
         await admin_user(await authenticate(request.headers.get("authorization", "")))
     figures = prometheus_client.generate_latest()
     return Response(figures, media_type=prometheus_client.CONTENT_TYPE_LATEST)
