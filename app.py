@@ -1249,6 +1249,7 @@ def limited(name: str) -> Any:
     """For a route's `dependencies`: count its callers by address against RATE_LIMIT_<name>."""
 
     async def count_address(exchange: CurrentExchange) -> None:
+        """Count a request as this, and as a write. Errors: 429."""
         await count(exchange, name, address_key(exchange))
         await count(exchange, "write", address_key(exchange))
 
@@ -2629,13 +2630,15 @@ async def refresh(body: RefreshRequest, exchange: CurrentExchange) -> TokenPair:
 OAUTH_ERROR: Responses = {400: {"model": OAuthError}}
 
 
-@auth.post("/token", dependencies=[limited("login")], responses=OAUTH_ERROR)
+@auth.post(
+    "/token", dependencies=[limited("login")], response_model=TokenPair, responses=OAUTH_ERROR
+)
 async def grant_token(
-    form: Annotated[TokenRequest, Form()], exchange: CurrentExchange, response: Response
-) -> TokenPair | OAuthError:
+    form: Annotated[TokenRequest, Form()], exchange: CurrentExchange
+) -> TokenPair | Response:
     """Log in or refresh as OAuth 2 libraries do it, by a form.
 
-    Errors: 400 {"error": "invalid_grant"}
+    Errors: 400 {"error": "invalid_request", "invalid_grant" or "unsupported_grant_type"}
     Limit: login per address; account, failures only
     Ref: RFC 6749 §4.3, §5.2, §6
     """
@@ -2652,8 +2655,7 @@ async def grant_token(
         if error.status_code not in (401, 403):
             raise
         refusal = OAuthError(error="invalid_grant", error_description=error.detail)
-    response.status_code = 400
-    return refusal
+    return JSONResponse(refusal.model_dump(), 400)
 
 
 OPTIONAL: list[Row] = [{"login": []}, {}]
