@@ -69,6 +69,7 @@ import email.header
 import functools
 import getpass
 import hashlib
+import importlib
 import ipaddress
 import logging
 import math
@@ -79,7 +80,7 @@ import sqlite3
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
 from datetime import UTC, date, datetime, timedelta
@@ -166,6 +167,8 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535)
     root_path: str = pydantic.Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
     data_dir: Path = Path("data")
+    database_url: str = pydantic.Field(default="", pattern=r"^(postgres(ql)?(\+\w+)?://.+)?$")
+    redis_url: str = pydantic.Field(default="", pattern=r"^((rediss?|unix)://.+)?$")
     secret_key: str = ""
     admin_username: str = "admin"
     admin_password: str = ""
@@ -208,6 +211,8 @@ def load_settings() -> Settings:
         raise SystemExit(".env: must be text in UTF-8") from None
     except pydantic.ValidationError as error:
         raise SystemExit(first_problem(error)) from None
+    if loaded.database_url and not loaded.secret_key:
+        raise SystemExit("SECRET_KEY: must be set, because DATABASE_URL is")
     if loaded.webhook_url and not loaded.webhook_secret:
         raise SystemExit("WEBHOOK_SECRET: must be set, because WEBHOOK_URL is")
     for name in names:
@@ -277,14 +282,16 @@ def resync_required() -> ApiError:
 
 
 # ── 3 Database ──────────────────────────────────────────────────────────────────────────────────
-# SQL is constant text, in words that other databases share, and runs without an ORM: building
-# a statement costs more than running it. A hop to a driver's thread costs more than most of them,
-# so a request makes few. Whoever waits to write shares one COMMIT with all who wait: a durable
-# commit costs a flush of the disk, however many writes it carries.
+# SQL is constant text, in words that SQLite and PostgreSQL share, and runs without an ORM: building
+# a statement costs more than running it, and so does a hop to a driver's thread: a short read runs
+# right in the event loop. On SQLite, whoever waits to write shares one COMMIT with all who wait: a
+# durable commit costs a flush of the disk, however many writes it carries.
 
-READERS = 8
+CONNECTIONS = 8
 READS_PER_USER = 2
 READ_SECONDS = 3.0
+QUICK_SECONDS = 0.001  # What ends within it needs no thread.
+STATEMENT_SECONDS = 10
 SCHEMA_VERSION = 1
 
 sqlite3.register_adapter(datetime, lambda moment: moment.isoformat(timespec="microseconds"))
@@ -292,6 +299,54 @@ sys.setswitchinterval(0.0005)  # Seconds that a driver's thread waits for the ev
 
 
 class Transaction:
+    """An open transaction, which runs its statements by `run(sql, values)`."""
+
+    def __init__(self, run: Callable[[str, Row], Awaitable[Iterable[Any]]]) -> None:
+        self.run = run
+
+    async def fetch(self, sql: str, **values: Any) -> list[Row]:
+        """Run one statement; the rows that it selects or returns. :now is always there."""
+        rows = await self.run(sql, {"now": now(), **values})
+        return [dict(row) for row in rows]
+
+    async def insert(self, table: str, **columns: Any) -> list[Row]:
+        """Insert a row and return it, or return none if a unique column has that value already."""
+        values = ", ".join(f":{name}" for name in columns)
+        sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({values})"
+        return await self.fetch(f"{sql} ON CONFLICT DO NOTHING RETURNING *", **columns)
+
+
+class Database:
+    """How either database is read: by key, or within the bounds of a user."""
+
+    def __init__(self) -> None:
+        self.turns: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
+
+    async def select(self, sql: str, values: Row) -> list[Row]:
+        """All rows of one statement."""
+        raise NotImplementedError
+
+    async def lookup(self, sql: str, **values: Any) -> Row | None:
+        """One row by key, which is quick whoever asks."""
+        rows = await self.select(sql, values)
+        return rows[0] if rows else None
+
+    async def read(self, user_id: int, sql: str, **values: Any) -> list[Any]:
+        """All rows of one statement: two at once for a user, 3 s each. Errors: 503 too_slow.
+
+        :user_id and :now are always there.
+        """
+        values |= {"user_id": user_id, "now": now()}
+        try:
+            async with self.turns.setdefault(user_id, asyncio.Semaphore(READS_PER_USER)):
+                async with asyncio.timeout(READ_SECONDS):
+                    return await self.select(sql, values)
+        except TimeoutError:
+            message = f"This took more than {READ_SECONDS:.0f} s. Ask for less."
+            raise try_later("too_slow", message) from None
+
+
+class Group:
     """The transactions that share one BEGIN and one COMMIT, each in a savepoint of its own.
 
     The first one creates the commit as a task, which queues for the same lock as the bodies: so it
@@ -303,17 +358,6 @@ class Transaction:
         self.lost = False
         self.committed = asyncio.create_task(self.commit())
         self.begun = asyncio.create_task(database.writer.execute("BEGIN IMMEDIATE"))
-
-    async def fetch(self, sql: str, **values: Any) -> list[Row]:
-        """Run one statement; the rows that it selects or returns. :now is always there."""
-        rows = await self.database.writer.execute_fetchall(sql, {"now": now(), **values})
-        return [dict(row) for row in rows]
-
-    async def insert(self, table: str, **columns: Any) -> list[Row]:
-        """Insert a row and return it, or return none if a unique column has that value already."""
-        values = ", ".join(f":{name}" for name in columns)
-        sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({values})"
-        return await self.fetch(f"{sql} ON CONFLICT DO NOTHING RETURNING *", **columns)
 
     async def undo(self) -> None:
         """Undo one body. A full disk has rolled back everybody's: then the whole group is lost."""
@@ -336,17 +380,18 @@ class Transaction:
                 raise
 
 
-class SQLite:
-    """One file: a few connections that cannot write, one that writes, one for lookups by key."""
+class SQLite(Database):
+    """One file: one connection reads here, a few read in threads, and one writes."""
 
     engine = "sqlite"
-    failures = (sqlite3.DatabaseError, OSError)
+    failures: Any = (sqlite3.DatabaseError, OSError)
 
     async def open(self) -> None:
         """Open or create the file, readable by its owner alone. Errors: OSError; SystemExit."""
         self.path = settings.data_dir / "tasks.db"
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path.touch(0o600)
+        self.place = str(self.path.resolve())
         engine = sa.create_engine("sqlite://", creator=self.connect, poolclass=sa.NullPool)
         with engine.begin() as connection:
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
@@ -355,13 +400,13 @@ class SQLite:
         self.inode = self.path.stat().st_ino
         connect_reader = functools.partial(self.connect, query_only="ON")
         self.finder = connect_reader()
+        self.finder.set_progress_handler(lambda: time.perf_counter() > self.deadline, 500)
         self.writer = await aiosqlite.Connection(self.connect, 64)
         self.readers: asyncio.Queue[aiosqlite.Connection] = asyncio.Queue()
-        for _ in range(READERS):
+        for _ in range(CONNECTIONS):
             self.readers.put_nowait(await aiosqlite.Connection(connect_reader, 64))
-        self.turns: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
         self.write_turn = asyncio.Lock()
-        self.group: Transaction | None = None
+        self.group: Group | None = None
 
     def connect(self, query_only: str = "OFF") -> sqlite3.Connection:
         """A connection whose transactions are begun by hand."""
@@ -388,30 +433,21 @@ class SQLite:
         if os.stat(self.path).st_ino != self.inode:
             raise OSError(f"{self.path} is another file now: restart")
 
-    async def lookup(self, sql: str, **values: Any) -> Row | None:
-        """One row by key: bounded, and so quick that it runs right here, without a hop."""
-        self.check()
-        row = self.finder.execute(sql, values).fetchone()
-        return dict(row) if row else None
+    async def select(self, sql: str, values: Row) -> list[Row]:
+        """All rows of one statement: right here if that is quick, or else anew, in a thread.
 
-    async def read(self, user_id: int, sql: str, **values: Any) -> list[Any]:
-        """All rows of one statement: two at once for a user, 3 s each. Errors: 503 too_slow.
-
-        :user_id and :now are always there. Whoever is cancelled or late interrupts it.
+        Whoever is cancelled or late interrupts it.
         """
-        values |= {"user_id": user_id, "now": now()}
-        async with self.turns.setdefault(user_id, asyncio.Semaphore(READS_PER_USER)):
-            reader = await self.readers.get()
-            try:
-                async with asyncio.timeout(READ_SECONDS):
-                    rows = await reader.execute_fetchall(sql, values)
-            except TimeoutError:
-                message = f"This took more than {READ_SECONDS:.0f} s. Ask for less."
-                raise try_later("too_slow", message) from None
-            finally:
-                await reader.interrupt()
-                self.readers.put_nowait(reader)
-            return [dict(row) for row in rows]
+        self.check()
+        self.deadline = time.perf_counter() + QUICK_SECONDS
+        with suppress(sqlite3.OperationalError):
+            return [dict(row) for row in self.finder.execute(sql, values)]
+        reader = await self.readers.get()
+        try:
+            return [dict(row) for row in await reader.execute_fetchall(sql, values)]
+        finally:
+            await reader.interrupt()
+            self.readers.put_nowait(reader)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
@@ -420,17 +456,74 @@ class SQLite:
         try:
             async with self.write_turn:
                 self.check()
-                group = self.group = self.group or Transaction(self)
+                group = self.group = self.group or Group(self)
                 await asyncio.shield(group.begun)
                 await self.writer.execute("SAVEPOINT body")
                 try:
-                    yield group
+                    yield Transaction(self.writer.execute_fetchall)
                 except BaseException:
                     await asyncio.shield(group.undo())
                     raise
         finally:  # Whoever failed waits, too: a 404 may speak of rows that are not committed yet.
             if group:
                 await asyncio.shield(group.committed)
+
+
+@functools.cache
+def numbered(sql: str) -> tuple[str, list[str]]:
+    """A statement as PostgreSQL wants it, with $1 for the first :name; and the names."""
+    names = list(dict.fromkeys(re.findall(r":(\w+)", sql)))
+    return re.sub(r":(\w+)", lambda found: f"${names.index(found[1]) + 1}", sql), names
+
+
+class PostgreSQL(Database):
+    """A pool of connections. Row locks order the writers of a user, in all processes."""
+
+    engine = "postgresql"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.driver: Any = importlib.import_module("asyncpg")  # Of deploy/requirements.txt.
+        self.failures: Any = (self.driver.PostgresError, self.driver.InterfaceError, OSError)
+        self.url = re.sub(r"^postgres[^:]*", "postgresql", settings.database_url)
+        self.place = f"PostgreSQL, {re.sub('.*[@/](?=.)', '', self.url.partition('?')[0])}"
+
+    async def open(self) -> None:
+        """Connect; one process upgrades, the others wait. Errors: `failures`; SystemExit."""
+        from sqlalchemy.ext.asyncio import create_async_engine
+
+        options = {"dsn": self.url, "timeout": STATEMENT_SECONDS}
+        connect = functools.partial(self.driver.connect, **options)
+        engine = create_async_engine(
+            "postgresql+asyncpg://", async_creator=connect, poolclass=sa.NullPool
+        )
+        async with engine.begin() as connection:
+            await connection.exec_driver_sql("SELECT pg_advisory_xact_lock(1)")
+            await connection.run_sync(upgrade, None)
+        options |= {"command_timeout": STATEMENT_SECONDS, "statement_cache_size": 512}
+        sizes = {"min_size": 1, "max_size": 2 * CONNECTIONS}
+        self.pool = await self.driver.create_pool(**options, **sizes)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self.pool.close()
+
+    async def run(self, connection: Any, sql: str, values: Row) -> list[Any]:
+        """One statement on a connection."""
+        text, names = numbered(sql)
+        rows: list[Any] = await connection.fetch(text, *[values[name] for name in names])
+        return rows
+
+    async def select(self, sql: str, values: Row) -> list[Row]:
+        """All rows of one statement. Whoever is cancelled or late cancels it."""
+        async with self.pool.acquire() as connection:
+            return [dict(row) for row in await self.run(connection, sql, values)]
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """A durable transaction: when the block has ended it is committed, or raises."""
+        async with self.pool.acquire() as connection, connection.transaction():
+            yield Transaction(functools.partial(self.run, connection))
 
 
 def copy_database(source: Path, target: Path) -> None:
@@ -447,7 +540,7 @@ def copy_database(source: Path, target: Path) -> None:
         raise
 
 
-database = SQLite()
+database = PostgreSQL() if settings.database_url else SQLite()
 
 
 def is_ours(_item: Any, _name: Any, _kind: str, reflected: bool, compared_to: Any) -> bool:
@@ -455,8 +548,8 @@ def is_ours(_item: Any, _name: Any, _kind: str, reflected: bool, compared_to: An
     return not reflected or compared_to is not None
 
 
-def add_what_is_missing(connection: sa.Connection, path: Path) -> None:
-    """Add tables, nullable or defaulted columns and indexes, after a copy. Errors: SystemExit."""
+def add_what_is_missing(connection: sa.Connection, path: Path | None) -> None:
+    """Add tables, nullable or defaulted columns and indexes. Errors: SystemExit."""
     from alembic.autogenerate import produce_migrations
     from alembic.migration import MigrationContext
     from alembic.operations import Operations, ops
@@ -469,15 +562,16 @@ def add_what_is_missing(connection: sa.Connection, path: Path) -> None:
         optional = column is not None and (column.nullable or column.server_default is not None)
         if not optional and not isinstance(step, ops.CreateTableOp | ops.CreateIndexOp):
             raise SystemExit(f"No upgrade in place makes this database fit: {step.to_diff_tuple()}")
-    copy = path.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db")
-    copy_database(path, copy)
-    print(f"  Upgrade    the database as it was is kept in {copy}", flush=True)
+    if path:
+        copy = path.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db")
+        copy_database(path, copy)
+        print(f"  Upgrade    the database as it was is kept in {copy}", flush=True)
     for step in steps:
         Operations(context).invoke(step)
 
 
-def upgrade(connection: sa.Connection, path: Path) -> None:
-    """Create the tables, or add what they lack; look at nothing if the version is right.
+def upgrade(connection: sa.Connection, path: Path | None) -> None:
+    """Create the tables, or add what they lack, after a copy of what is at this path.
 
     Errors: SystemExit, for a database that is newer, or needs more than additions
     """
@@ -502,6 +596,8 @@ Role = Literal["user", "admin"]
 TokenScope = Literal["read", "write"]
 Status = Literal["todo", "in_progress", "done"]
 Priority = Literal["low", "medium", "high"]
+BINARY_TEXT: Any = sa.String(collation="C").with_variant(sa.String(), "sqlite")
+"""A text that PostgreSQL sorts as SQLite does, whatever its locale."""
 
 
 class Public(SQLModel):
@@ -598,7 +694,7 @@ class Task(TaskPublic, table=True):
     """The private half of a task."""
 
     __tablename__ = "tasks"
-    title_key: str
+    title_key: str = Field(sa_type=BINARY_TEXT)
     """Folded, for searching and sorting."""
     description_key: str
     text_bytes: int
@@ -631,6 +727,9 @@ class SchemaVersion(Public, table=True):
     version: int = Field(primary_key=True)
 
 
+for column in [each for table in SQLModel.metadata.tables.values() for each in table.c]:
+    if isinstance(column.type, sa.Integer):  # PostgreSQL's own ends at 2^31.
+        column.type = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 of_task = SQLModel.metadata.tables["tasks"].c
 sa.Index("ix_tasks_version", of_task.owner_id, of_task.version, unique=True)
 sa.Index("ix_tasks_key", of_task.owner_id, of_task.idempotency_key, unique=True)
@@ -1202,9 +1301,80 @@ async def authenticate(authorization: str) -> Caller:
 # ── 8 Rate limits ───────────────────────────────────────────────────────────────────────────────
 # SlowAPI's windows count by user, or by address when anonymous. CurrentUser counts by itself, so no
 # route that asks for a user can forget it; a route that asks for none shows `limited("login")`.
+# With REDIS_URL all processes share the windows, and each falls back on its own without Redis.
+
+REDIS_SECONDS = 0.1  # What Redis may cost a request, once.
+REDIS_PAUSE_SECONDS = 1.0
+PROCESS = secrets.token_hex(8)
 
 # Only SlowAPI's windows are used; the keys are ours.
 limiter = Limiter(lambda: "", strategy="moving-window").limiter
+
+
+class Redis:
+    """What processes share besides the database: windows and bells. Nothing is lost without it."""
+
+    def __init__(self) -> None:
+        self.well: bool | None = None
+        self.channel = ""
+        self.client: Any = None
+        self.windows: Any = None
+
+    async def attempt(self, work: Callable[..., Awaitable[T]], *values: Any) -> T | None:
+        """What this gives, or None if Redis is not well; it is given up after 100 ms."""
+        if not self.well:
+            return None
+        try:
+            async with asyncio.timeout(REDIS_SECONDS):
+                return await work(*values)
+        except Exception as error:
+            self.note(False, error)
+            return None
+
+    def note(self, well: bool, why: object = "") -> None:
+        """Remember whether it is well: one line in the log each way."""
+        if well is not self.well:
+            log.warning("Redis %s", "is well" if well else f"fails, this process goes on: {why!r}")
+        self.well = well
+
+    async def listen(self) -> None:
+        """Ring here what other processes announce; after a failure, come back when it is well."""
+        from limits.aio.storage import RedisStorage
+        from limits.aio.strategies import MovingWindowRateLimiter
+
+        redis_py: Any = importlib.import_module("redis.asyncio")  # Of deploy/requirements.txt.
+        self.channel = f"onefile-tasks-{token_hash(settings.secret_key)[:16]}"
+        async with redis_py.from_url(settings.redis_url) as self.client:
+            options: Any = {"implementation": "redispy", "key_prefix": self.channel}
+            options["connection_pool"] = self.client.connection_pool
+            storage = RedisStorage(f"async+{settings.redis_url}", **options)
+            self.windows = MovingWindowRateLimiter(storage)
+            while True:
+                try:
+                    await self.hear_bells()
+                except Exception as error:
+                    self.note(False, error)
+                await asyncio.sleep(REDIS_PAUSE_SECONDS)
+
+    async def hear_bells(self) -> None:
+        """Subscribe, and ring until Redis fails. Errors: OSError; RedisError."""
+        async with self.client.pubsub() as bells:
+            async with asyncio.timeout(REDIS_PAUSE_SECONDS):
+                await bells.subscribe(self.channel)
+            async with asyncio.timeout(REDIS_SECONDS):
+                await self.client.ping()
+            self.note(True)
+            while self.well:
+                bell = await bells.get_message(True, timeout=REDIS_PAUSE_SECONDS)
+                if bell is None:
+                    await self.attempt(self.client.ping)
+                    continue
+                process, user_id, seq, client_id = bell["data"].decode().split(" ")
+                if process != PROCESS:
+                    broadcaster.ring(int(user_id), int(seq), client_id)
+
+
+redis = Redis()
 
 
 def exchange_of(connection: HTTPConnection) -> Exchange:
@@ -1226,15 +1396,32 @@ def address_key(exchange: Exchange) -> str:
         return "local"
 
 
+Window = tuple[bool, float, int]
+"""Whether a request is allowed, when the window resets, how many requests remain."""
+
+
+def count_here(cost: int, limit: limits.RateLimitItem, *key: str) -> Window:
+    """Count in this process."""
+    if limiter.get_window_stats(limit, *key).reset_time > time.time() + limit.get_expiry() + 1:
+        limiter.clear(limit, *key)  # The clock went back: this window would stay full.
+    allowed = limiter.hit(limit, *key) if cost else limiter.test(limit, *key)
+    return allowed, *limiter.get_window_stats(limit, *key)
+
+
+async def count_in_redis(cost: int, limit: limits.RateLimitItem, *key: str) -> Window:
+    """Count in all processes. Redis forgets a window in time whatever the clock does."""
+    windows = redis.windows
+    allowed = await (windows.hit(limit, *key) if cost else windows.test(limit, *key))
+    return allowed, *await windows.get_window_stats(limit, *key)
+
+
 async def count(exchange: Exchange, name: str, key: str, cost: int = 1) -> None:
     """Count against RATE_LIMIT_<name>; with cost 0 only look. Errors: 429. Ref: RFC 6585 §4."""
     if settings.rate_limits == "off":
         return
     limit: limits.RateLimitItem = getattr(settings, f"rate_limit_{name}")
-    if limiter.get_window_stats(limit, name, key).reset_time > time.time() + limit.get_expiry() + 1:
-        limiter.clear(limit, name, key)  # The clock went back: this window would stay full.
-    allowed = limiter.hit(limit, name, key) if cost else limiter.test(limit, name, key)
-    reset, remaining = limiter.get_window_stats(limit, name, key)
+    shared = await redis.attempt(count_in_redis, cost, limit, name, key)
+    allowed, reset, remaining = shared or count_here(cost, limit, name, key)
     seconds = min(max(1, math.ceil(reset - time.time())), limit.get_expiry())
     if remaining <= exchange.remaining:
         exchange.remaining = remaining
@@ -1386,11 +1573,20 @@ class Broadcaster:
         """The open streams of all users."""
         return [stream for streams in self.streams.values() for stream in streams]
 
-    def ring(self, user_id: int, seq: int) -> None:
-        """Tell a user's streams that there is something up to this seq."""
+    def ring(self, user_id: int, seq: int, client_id: str | None = None) -> None:
+        """Tell a user's streams of news up to this seq; end what a client_id has replaced."""
         for stream in self.streams.get(user_id, ()):
             stream.newest = max(stream.newest, seq)
             stream.wake.set()
+            if client_id and stream.client_id == client_id:
+                stream.close(4409, "replaced by a newer connection")
+
+    async def announce(self, user_id: int, seq: int, client_id: str | None = None) -> None:
+        """Ring in every process."""
+        self.ring(user_id, seq, client_id)
+        if redis.well:
+            bell = f"{PROCESS} {user_id} {seq} {client_id or ''}"
+            await redis.attempt(redis.client.publish, redis.channel, bell)
 
     async def look(self) -> None:
         """Close the streams whose session has ended, and notice what no bell told of."""
@@ -1467,10 +1663,9 @@ async def open_stream(
     user: Caller, since: int | None, client_id: str | None
 ) -> AsyncIterator[Stream]:
     """A registered stream; it replaces the user's one with the same client_id. Errors: 429."""
+    if client_id:
+        await broadcaster.announce(user.id, 0, client_id)
     streams = broadcaster.streams.setdefault(user.id, set())
-    for other in streams:
-        if client_id and other.client_id == client_id:
-            other.close(4409, "replaced by a newer connection")
     if sum(not other.end for other in streams) >= MAX_STREAMS_PER_USER:
         message = f"You have {MAX_STREAMS_PER_USER} streams open. Close one."
         raise ApiError(429, "too_many_streams", message, {"Retry-After": "60"})
@@ -1622,9 +1817,9 @@ async def changing(user: Caller, size: int = 0) -> AsyncIterator[Change]:
         user.answer_with(ETag=f'"{user.seq}"')  # The version of what is written now.
         change = Change(db, user, size)
         yield change
-    broadcaster.ring(user.id, user.seq)
     for task in change.written:
         tell_webhook(live_event(task).text)
+    await broadcaster.announce(user.id, user.seq)
 
 
 PURGE_USER = """
@@ -1765,7 +1960,7 @@ async def clean_up() -> None:
     for owner in await database.read(0, sql, until=oldest):
         async with database.transaction() as db:
             seq, tasks = await purge(db, owner["owner_id"], oldest)
-        broadcaster.ring(owner["owner_id"], seq)
+        await broadcaster.announce(owner["owner_id"], seq)
         purged += tasks
     last_cleanup = {"finished_at": now(), "tasks": purged, **removed}
 
@@ -1787,11 +1982,15 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     log.setLevel(settings.log_level.upper())
     cached_pages.clear()  # Of section 11: another database, in a test.
     async with opened_database(), asyncio.TaskGroup() as group:
-        looking = group.create_task(every(LOOK_SECONDS, broadcaster.look))
-        noting = group.create_task(every(USES_SECONDS, write_down_uses))
-        cleaning = group.create_task(every(CLEANUP_SECONDS, clean_up))
+        chores = [
+            group.create_task(every(LOOK_SECONDS, broadcaster.look)),
+            group.create_task(every(USES_SECONDS, write_down_uses)),
+            group.create_task(every(CLEANUP_SECONDS, clean_up)),
+        ]
+        if settings.redis_url:
+            chores.append(group.create_task(redis.listen()))
         yield
-        for task in (looking, noting, cleaning, *webhook_calls):
+        for task in (*chores, *webhook_calls):
             task.cancel()
         await write_down_uses()
 
@@ -1854,7 +2053,7 @@ class Conversation:
             headers["content-length"] = str(int(headers["content-length"]) + 1)
         policy = DOCS_POLICY if content_type.startswith("text/html") else POLICY
         more = {"X-Request-ID": self.exchange.request_id, "Content-Security-Policy": policy}
-        more |= {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+        more["X-Content-Type-Options"] = "nosniff"
         more |= self.exchange.limit_headers
         if self.status < 400:
             more |= self.exchange.headers
@@ -1986,11 +2185,6 @@ app = make_app(
     root_path=settings.root_path,
     redirect_slashes=False,
     lifespan=lifespan,
-    generate_unique_id_function=lambda route: route.name,
-    responses={
-        "4XX": {"model": Error, "description": "The request is refused"},
-        "5XX": {"model": Error, "description": "The server failed"},
-    },
 )
 app.add_exception_handler(HTTPException, on_http_exception)
 app.add_exception_handler(RequestValidationError, on_validation_error)
@@ -2070,7 +2264,14 @@ class TaskIdConvertor(StringConvertor):
 
 
 register_url_convertor("task_id", TaskIdConvertor())
-tasks = APIRouter(prefix=f"{API}/tasks", tags=["tasks"])
+ERRORS: Responses = {
+    "4XX": {"model": Error, "description": "The request is refused"},
+    "5XX": {"model": Error, "description": "The server failed"},
+}
+resource = functools.partial(
+    APIRouter, responses=ERRORS, generate_unique_id_function=lambda route: route.name
+)
+tasks = resource(prefix=f"{API}/tasks", tags=["tasks"])
 TRASH = {True: "deleted_at IS NOT NULL", False: "deleted_at IS NULL"}
 FILTERS = {
     "owner_id": "owner_id = :owner_id",
@@ -2372,7 +2573,7 @@ async def empty_trash(user: CurrentUser) -> None:
     """Delete the caller's trash for good, now, all of it."""
     async with database.transaction() as db:
         seq, _ = await purge(db, user.id, NEVER)
-    broadcaster.ring(user.id, seq)
+    await broadcaster.announce(user.id, seq)
 
 
 OFFICE = "application/vnd.openxmlformats-officedocument"
@@ -2472,7 +2673,7 @@ async def attach_file(
     return AttachmentPublic.model_validate(rows[0])
 
 
-attachments = APIRouter(prefix=f"{API}/attachments", tags=["attachments"])
+attachments = resource(prefix=f"{API}/attachments", tags=["attachments"])
 FIND_ATTACHMENT = """
 SELECT attachments.* FROM attachments JOIN tasks ON tasks.id = task_id
 WHERE attachments.id = :id AND owner_id = :user_id AND deleted_at IS NULL"""
@@ -2505,7 +2706,7 @@ async def delete_attachment(attachment_id: Id, user: CurrentUser) -> None:
         await change.grow(-file["size_bytes"])
 
 
-auth = APIRouter(prefix=f"{API}/auth", tags=["auth"])
+auth = resource(prefix=f"{API}/auth", tags=["auth"])
 FIND_USER = f"SELECT {USER_COLUMNS}, password_hash FROM users WHERE username_key = :username_key"
 
 
@@ -2764,7 +2965,7 @@ async def delete_api_token(token_id: Id, user: LoggedInUser) -> None:
     await end_own_session(user, token_id, "api_token", "IS NOT NULL")
 
 
-account = APIRouter(prefix=f"{API}/users/me", tags=["users"])
+account = resource(prefix=f"{API}/users/me", tags=["users"])
 FIND_USER_BY_ID = f"SELECT {USER_COLUMNS} FROM users WHERE id = :id"
 LOCK_ADMINS = "UPDATE users SET seq = seq WHERE role = 'admin' AND is_active RETURNING id"
 UPDATE_USER = f"""
@@ -2829,7 +3030,7 @@ async def delete_account(user: RecentUser) -> None:
     await remove_user(user.id)
 
 
-admin = APIRouter(prefix=f"{API}/admin", tags=["admin"])
+admin = resource(prefix=f"{API}/admin", tags=["admin"])
 LIST_USERS = f"""
 SELECT {USER_COLUMNS}, (SELECT count(*) FROM users) AS total FROM users
 ORDER BY id LIMIT :limit OFFSET :offset"""
@@ -2884,7 +3085,7 @@ async def start_cleanup(_user: AdminUser) -> Response:
     return Response(None, 202, background=BackgroundTask(clean_up))
 
 
-health = APIRouter(tags=["health"])
+health = resource(tags=["health"])
 
 
 @health.get("/health")
@@ -2987,9 +3188,9 @@ async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = No
     await socket.close(*end)
 
 
-for router in (health, admin, account, auth, attachments, tasks):
-    app.include_router(router)
-app.router.routes.reverse()  # They are tried one after the other: tasks first, /docs last.
+routers = (tasks, attachments, auth, account, admin, health)
+# Not by include_router, whose routes are matched twice; and before /docs: they are tried in order.
+app.router.routes[:0] = [route for router in routers for route in router.routes]
 
 # ── 12 Command line ─────────────────────────────────────────────────────────────────────────────
 # Commands work beside a running server: the database's own locks are all that they need, and what
@@ -3002,6 +3203,7 @@ def serve(reload: bool) -> None:
     options |= {"http": "h11", "proxy_headers": False, "timeout_graceful_shutdown": 3}
     options |= {"ws": BoundedWebSocket, "ws_max_size": MAX_SOCKET_BYTES}
     options |= {"ws_per_message_deflate": False, "log_config": None, "log_level": "critical"}
+    options["server_header"] = False
     config = uvicorn.Config("app:app" if reload else app, **options)
     try:
         listener = config.bind_socket()
@@ -3034,7 +3236,7 @@ async def run_command(given: argparse.Namespace) -> str:
     """A command on the open database. Returns what is true now. Errors: SystemExit; 409."""
     async with opened_database():
         if given.command is None:
-            return f"  Data       {database.path.resolve()}"
+            return f"  Data       {database.place}"
         name = checked(Username, given.name, "NAME")
         if given.command == "create-user":
             await add_user(name, ask_password(), given.role)
