@@ -168,7 +168,7 @@ class Settings(BaseSettings):
     root_path: str = pydantic.Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
     data_dir: Path = Path("data")
     database_url: str = pydantic.Field(default="", pattern=r"^(postgres(ql)?(\+\w+)?://.+)?$")
-    redis_url: str = pydantic.Field(default="", pattern=r"^((rediss?|unix)://.+)?$")
+    redis_url: str = pydantic.Field(default="", pattern=r"^(rediss?://.+)?$")
     secret_key: str = ""
     admin_username: str = "admin"
     admin_password: str = ""
@@ -1307,18 +1307,19 @@ REDIS_SECONDS = 0.1  # What Redis may cost a request, once.
 REDIS_PAUSE_SECONDS = 1.0
 PROCESS = secrets.token_hex(8)
 
-# Only SlowAPI's windows are used; the keys are ours.
-limiter = Limiter(lambda: "", strategy="moving-window").limiter
+
+def moving_windows(**options: Any) -> Any:
+    """Only SlowAPI's windows are used; the keys are ours."""
+    return Limiter(lambda: "", strategy="moving-window", **options).limiter
 
 
 class Redis:
     """What processes share besides the database: windows and bells. Nothing is lost without it."""
 
-    def __init__(self) -> None:
-        self.well: bool | None = None
-        self.channel = ""
-        self.client: Any = None
-        self.windows: Any = None
+    well: bool | None = None
+    client: Any = None
+    windows: Any = None
+    channel = ""
 
     async def attempt(self, work: Callable[..., Awaitable[T]], *values: Any) -> T | None:
         """What this gives, or None if Redis is not well; it is given up after 100 ms."""
@@ -1339,16 +1340,12 @@ class Redis:
 
     async def listen(self) -> None:
         """Ring here what other processes announce; after a failure, come back when it is well."""
-        from limits.aio.storage import RedisStorage
-        from limits.aio.strategies import MovingWindowRateLimiter
-
         redis_py: Any = importlib.import_module("redis.asyncio")  # Of deploy/requirements.txt.
         self.channel = f"onefile-tasks-{token_hash(settings.secret_key)[:16]}"
+        options: Row = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), REDIS_SECONDS)
+        options["key_prefix"] = self.channel
+        self.windows = moving_windows(storage_uri=settings.redis_url, storage_options=options)
         async with redis_py.from_url(settings.redis_url) as self.client:
-            options: Any = {"implementation": "redispy", "key_prefix": self.channel}
-            options["connection_pool"] = self.client.connection_pool
-            storage = RedisStorage(f"async+{settings.redis_url}", **options)
-            self.windows = MovingWindowRateLimiter(storage)
             while True:
                 try:
                     await self.hear_bells()
@@ -1374,6 +1371,7 @@ class Redis:
                     broadcaster.ring(int(user_id), int(seq), client_id)
 
 
+limiter = moving_windows()
 redis = Redis()
 
 
@@ -1396,23 +1394,12 @@ def address_key(exchange: Exchange) -> str:
         return "local"
 
 
-Window = tuple[bool, float, int]
-"""Whether a request is allowed, when the window resets, how many requests remain."""
-
-
-def count_here(cost: int, limit: limits.RateLimitItem, *key: str) -> Window:
-    """Count in this process."""
-    if limiter.get_window_stats(limit, *key).reset_time > time.time() + limit.get_expiry() + 1:
-        limiter.clear(limit, *key)  # The clock went back: this window would stay full.
-    allowed = limiter.hit(limit, *key) if cost else limiter.test(limit, *key)
-    return allowed, *limiter.get_window_stats(limit, *key)
-
-
-async def count_in_redis(cost: int, limit: limits.RateLimitItem, *key: str) -> Window:
-    """Count in all processes. Redis forgets a window in time whatever the clock does."""
-    windows = redis.windows
-    allowed = await (windows.hit(limit, *key) if cost else windows.test(limit, *key))
-    return allowed, *await windows.get_window_stats(limit, *key)
+def hit(windows: Any, cost: int, limit: Any, *key: str) -> tuple[bool, float, int]:
+    """Whether a request is allowed, when the window resets, how many remain."""
+    if windows.get_window_stats(limit, *key).reset_time > time.time() + limit.get_expiry() + 1:
+        windows.clear(limit, *key)  # The clock went back: this window would stay full.
+    allowed = windows.hit(limit, *key) if cost else windows.test(limit, *key)
+    return allowed, *windows.get_window_stats(limit, *key)
 
 
 async def count(exchange: Exchange, name: str, key: str, cost: int = 1) -> None:
@@ -1420,8 +1407,9 @@ async def count(exchange: Exchange, name: str, key: str, cost: int = 1) -> None:
     if settings.rate_limits == "off":
         return
     limit: limits.RateLimitItem = getattr(settings, f"rate_limit_{name}")
-    shared = await redis.attempt(count_in_redis, cost, limit, name, key)
-    allowed, reset, remaining = shared or count_here(cost, limit, name, key)
+    this = (cost, limit, name, key)
+    shared = await redis.attempt(asyncio.to_thread, hit, redis.windows, *this)
+    allowed, reset, remaining = shared or hit(limiter, *this)
     seconds = min(max(1, math.ceil(reset - time.time())), limit.get_expiry())
     if remaining <= exchange.remaining:
         exchange.remaining = remaining
