@@ -1823,8 +1823,12 @@ WHERE id = :user_id RETURNING seq"""
 PURGE_TASKS = "DELETE FROM tasks WHERE owner_id = :user_id AND deleted_at <= :until RETURNING id"
 
 
+LOCK_USER = f"UPDATE users SET seq = seq WHERE id = :id RETURNING {USER_COLUMNS}"
+
+
 async def purge(db: Transaction, user_id: int, until: datetime) -> tuple[int, int]:
     """Delete a user's trash up to a moment for good. Returns their seq, and how many tasks went."""
+    await db.fetch(LOCK_USER, id=user_id)  # First: its sums would be of before it waited.
     users = await db.fetch(PURGE_USER, user_id=user_id, until=until)
     purged = await db.fetch(PURGE_TASKS, user_id=user_id, until=until)
     return (users[0]["seq"] if users else 0), len(purged)
@@ -1916,9 +1920,10 @@ async def opened_database() -> AsyncIterator[None]:
     try:
         settings.secret_key = load_secret_key(settings.data_dir / "secret_key")
         if not await database.lookup("SELECT id FROM users LIMIT 1"):
-            await add_user(name, password, "admin")
-            shown = "as set" if given else f"{password}   (shown only now)"
-            print(f"  Admin      {name}, password {shown}", flush=True)
+            with suppress(ApiError):  # Another process was faster.
+                await add_user(name, password, "admin")
+                shown = "as set" if given else f"{password}   (shown only now)"
+                print(f"  Admin      {name}, password {shown}", flush=True)
         yield
     finally:
         await database.close()
@@ -1926,7 +1931,7 @@ async def opened_database() -> AsyncIterator[None]:
 
 async def write_down_uses() -> None:
     """Note when each session was last used: once a minute, instead of once a request."""
-    uses = list(last_uses.items())
+    uses = sorted(last_uses.items())  # Always in this order, so that processes wait in line.
     last_uses.clear()
     async with database.transaction() as db:
         for session_id, moment in uses:
@@ -2921,6 +2926,7 @@ async def add_api_token(user_id: int, body: ApiTokenCreate) -> ApiTokenCreated:
     columns |= {"token_hash": token_hash(token), "expires_at": body.expires_at or NEVER}
     columns |= {"created_at": moment, "last_used_at": moment}
     async with database.transaction() as db:
+        await db.fetch(LOCK_USER, id=user_id)
         known = await db.fetch(LIST_API_TOKENS, user_id=user_id, never=NEVER)
         if len(known) >= MAX_API_TOKENS:
             raise ApiError(409, "too_many_tokens", f"You have {MAX_API_TOKENS}. Delete one first.")
@@ -2979,10 +2985,10 @@ async def insist_on_another_admin(db: Transaction, user_id: int) -> None:
 async def change_user(user_id: int, values: Row, kept_session: int = 0) -> UserPublic:
     """Change an account; a new password or disabling ends its other sessions. Errors: 404; 409."""
     async with database.transaction() as db:
-        before = only(await db.fetch(FIND_USER_BY_ID, id=user_id), "user", user_id)
-        columns = {**before, "password_hash": None, **values}
-        if columns["role"] != "admin" or not columns["is_active"]:
+        if values.get("role") == "user" or values.get("is_active") is False:
             await insist_on_another_admin(db, user_id)
+        before = only(await db.fetch(LOCK_USER, id=user_id), "user", user_id)
+        columns = {**before, "password_hash": None, **values}
         rows = await db.fetch(UPDATE_USER, **columns)
         if columns["password_hash"] or not columns["is_active"]:
             await db.fetch(END_SESSIONS_BUT, user_id=user_id, kept_session=kept_session)

@@ -78,6 +78,9 @@ ROOT = "/../.."
 """`ROOT + "/health"` leads out of /api/v1, the base of every person."""
 KEPT = "(PATH|SYSTEMROOT|TEMP|COVERAGE.*)$"
 """What a process of its own keeps of the environment."""
+SERVICES: dict[str, str] = {}
+"""What every process of its own is told; .ci/on_postgresql.py, which runs all this on PostgreSQL
+and Redis too, fills it."""
 NO_MORE = (websockets.exceptions.ConnectionClosed, httpx.RemoteProtocolError, httpx.ReadError)
 
 # ── 0 Tools ─────────────────────────────────────────────────────────────────────────────────────
@@ -374,7 +377,7 @@ class Program(Address):
         super().__init__()
         kept = {name: value for name, value in os.environ.items() if re.match(KEPT, name)}
         defaults = {"PORT": 0, "RATE_LIMITS": "off", "ADMIN_PASSWORD": ADMIN_PASSWORD}
-        changed = {name: str(value) for name, value in (defaults | settings).items()}
+        changed = {name: str(it) for name, it in (defaults | SERVICES | settings).items()}
         environment = kept | {"PYTHONUTF8": "1"} | changed
         self.log = directory / "stderr.txt"
         command = [sys.executable, app.__file__, *arguments]
@@ -2703,6 +2706,7 @@ def test_a_password_at_a_terminal_is_asked_twice_and_not_shown(alice, tmp_path):
     ours, theirs = os.openpty()
     line = [sys.executable, app.__file__, "reset-password", "alice"]
     options: Any = {"cwd": tmp_path, "stderr": subprocess.PIPE, "start_new_session": True}
+    options["env"] = os.environ | SERVICES
     with subprocess.Popen(line, stdin=theirs, **options) as process, open(ours, "r+b", 0) as typing:
         os.close(theirs)
         for typed in (NEW_PASSWORD, "a slip of the pen"):
