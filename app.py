@@ -58,10 +58,12 @@ Notation
 # ]
 # ///
 
+import gc
 import sys
 
 if sys.version_info < (3, 11):
     raise SystemExit("Onefile Tasks needs Python 3.11 or newer.")
+gc.disable()  # To look for garbage while all this is imported is a fifth of the start.
 
 import argparse
 import asyncio
@@ -86,7 +88,7 @@ from contextlib import asynccontextmanager, closing, suppress
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, get_args
-from urllib.parse import quote, unquote_to_bytes, urlencode
+from urllib.parse import quote, unquote_to_bytes
 from weakref import WeakValueDictionary
 
 import aiosqlite
@@ -290,7 +292,7 @@ def resync_required() -> ApiError:
 CONNECTIONS = 8
 READS_PER_USER = 2
 READ_SECONDS = 3.0
-QUICK_SECONDS = 0.001  # What ends within it needs no thread.
+QUICK_SECONDS = 0.001  # What needs no more of the processor than that needs no thread.
 STATEMENT_SECONDS = 10
 SCHEMA_VERSION = 1
 
@@ -400,7 +402,7 @@ class SQLite(Database):
         self.inode = self.path.stat().st_ino
         connect_reader = functools.partial(self.connect, query_only="ON")
         self.finder = connect_reader()
-        self.finder.set_progress_handler(lambda: time.perf_counter() > self.deadline, 500)
+        self.finder.set_progress_handler(lambda: time.thread_time() > self.deadline, 500)
         self.writer = await aiosqlite.Connection(self.connect, 64)
         self.readers: asyncio.Queue[aiosqlite.Connection] = asyncio.Queue()
         for _ in range(CONNECTIONS):
@@ -439,7 +441,7 @@ class SQLite(Database):
         Whoever is cancelled or late interrupts it.
         """
         self.check()
-        self.deadline = time.perf_counter() + QUICK_SECONDS
+        self.deadline = time.thread_time() + QUICK_SECONDS
         with suppress(sqlite3.OperationalError):
             return [dict(row) for row in self.finder.execute(sql, values)]
         reader = await self.readers.get()
@@ -1222,6 +1224,7 @@ class Exchange:
 
     def __init__(self, scope: Scope) -> None:
         self.request_headers = Headers(scope=scope)
+        self.query_string: str = scope["query_string"].decode("latin-1")
         given = self.request_headers.get("x-request-id", "")
         allowed = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given)
         self.request_id = given if allowed else secrets.token_hex(8)
@@ -1782,6 +1785,7 @@ class Change:
             insist_on_room(rows[0]["storage_bytes"], size)
 
 
+LOCK_USER = f"UPDATE users SET seq = seq WHERE id = :id RETURNING {USER_COLUMNS}"
 TAKE_SEQ = """
 UPDATE users SET seq = seq + 1, storage_bytes = storage_bytes + :size
 WHERE id = :user_id AND is_active AND EXISTS (
@@ -1797,6 +1801,8 @@ async def changing(user: Caller, size: int = 0) -> AsyncIterator[Change]:
     """
     this = {"user_id": user.id, "session_id": user.session_id, "size": size}
     async with database.transaction() as db:
+        if database.engine == "postgresql":  # It would see the sessions of before it waited.
+            await db.fetch(LOCK_USER, id=user.id)
         rows = await db.fetch(TAKE_SEQ, **this)
         if not rows:
             raise unauthorized("session_ended", "Your session has ended meanwhile: log in.")
@@ -1821,9 +1827,6 @@ UPDATE users SET seq = seq + 1,
             WHERE owner_id = :user_id AND deleted_at <= :until)
 WHERE id = :user_id RETURNING seq"""
 PURGE_TASKS = "DELETE FROM tasks WHERE owner_id = :user_id AND deleted_at <= :until RETURNING id"
-
-
-LOCK_USER = f"UPDATE users SET seq = seq WHERE id = :id RETURNING {USER_COLUMNS}"
 
 
 async def purge(db: Transaction, user_id: int, until: datetime) -> tuple[int, int]:
@@ -2304,8 +2307,9 @@ async def page_of(user: Caller, path: str, query: PageQuery, sql: str, **values:
     total = counted[0]["total"] if counted else 0
     pages = max(1, math.ceil(total / size))
     places = {"first": 1, "prev": min(query.page - 1, pages), "next": query.page + 1, "last": pages}
-    given = query.model_dump(mode="json", exclude_unset=True, exclude={"page"})
-    url = f"{path}?{urlencode([*given.items(), ('page', '')], doseq=True)}"
+    given = user.exchange.query_string.replace(">", "%3E").split("&")
+    kept = [each for each in given if each.partition("=")[0] not in ("", "page")]
+    url = f"{path}?{'&'.join([*kept, 'page='])}"
     links = [f'<{url}{n}>; rel="{name}"' for name, n in places.items() if 1 <= n <= pages]
     user.answer_with(Link=", ".join(links))
     return {"data": rows, "meta": {**dict(query), "total": total, "pages": pages}}
@@ -2960,7 +2964,6 @@ async def delete_api_token(token_id: Id, user: LoggedInUser) -> None:
 
 
 account = resource(prefix=f"{API}/users/me", tags=["users"])
-FIND_USER_BY_ID = f"SELECT {USER_COLUMNS} FROM users WHERE id = :id"
 LOCK_ADMINS = "UPDATE users SET seq = seq WHERE role = 'admin' AND is_active RETURNING id"
 UPDATE_USER = f"""
 UPDATE users SET email = :email, role = :role, is_active = :is_active,
@@ -3048,7 +3051,7 @@ async def create_user(body: AdminUserCreate, user: AdminUser) -> UserPublic:
 @admin.get("/users/{user_id}")
 async def read_user(user_id: Id, user: AdminUser) -> UserPublic:
     """One account. Errors: 403 admin_required; 404 absent."""
-    rows = await user.read(FIND_USER_BY_ID, id=user_id)
+    rows = await user.read(f"SELECT {USER_COLUMNS} FROM users WHERE id = :id", id=user_id)
     return UserPublic.model_validate(only(rows, "user", user_id))
 
 
@@ -3185,6 +3188,8 @@ async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = No
 routers = (tasks, attachments, auth, account, admin, health)
 # Not by include_router, whose routes are matched twice; and before /docs: they are tried in order.
 app.router.routes[:0] = [route for router in routers for route in router.routes]
+gc.freeze()
+gc.enable()
 
 # ── 12 Command line ─────────────────────────────────────────────────────────────────────────────
 # Commands work beside a running server: the database's own locks are all that they need, and what
