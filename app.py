@@ -79,6 +79,7 @@ import os
 import re
 import secrets
 import sqlite3
+import threading
 import time
 import unicodedata
 from collections import Counter
@@ -321,12 +322,11 @@ class Transaction:
 class Database:
     """How either database is read: by key, or within the bounds of a user."""
 
+    select: Callable[[str, Row], Coroutine[Any, Any, list[Row]]]
+    """All rows of one statement."""
+
     def __init__(self) -> None:
         self.turns: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
-
-    async def select(self, sql: str, values: Row) -> list[Row]:
-        """All rows of one statement."""
-        raise NotImplementedError
 
     async def lookup(self, sql: str, **values: Any) -> Row | None:
         """One row by key, which is quick whoever asks."""
@@ -486,9 +486,11 @@ class PostgreSQL(Database):
     def __init__(self) -> None:
         super().__init__()
         self.driver: Any = importlib.import_module("asyncpg")  # Of deploy/requirements.txt.
-        self.failures: Any = (self.driver.PostgresError, self.driver.InterfaceError, OSError)
+        # The last one is its word for a connection that a restart has cut in the wrong moment.
+        names = ("PostgresError", "InterfaceError", "InternalClientError")
+        self.failures: Any = (OSError, *[getattr(self.driver, name) for name in names])
         self.url = re.sub(r"^postgres[^:]*", "postgresql", settings.database_url)
-        self.place = f"PostgreSQL, {re.sub('.*[@/](?=.)', '', self.url.partition('?')[0])}"
+        self.place = re.sub("//.*@", "//", self.url.partition("?")[0])  # Without a password.
 
     async def open(self) -> None:
         """Connect; one process upgrades, the others wait. Errors: `failures`; SystemExit."""
@@ -503,8 +505,9 @@ class PostgreSQL(Database):
             await connection.exec_driver_sql("SELECT pg_advisory_xact_lock(1)")
             await connection.run_sync(upgrade, None)
         options |= {"command_timeout": STATEMENT_SECONDS, "statement_cache_size": 512}
-        sizes = {"min_size": 1, "max_size": 2 * CONNECTIONS}
+        sizes = {"min_size": 0, "max_size": 2 * CONNECTIONS}
         self.pool = await self.driver.create_pool(**options, **sizes)
+        self.connect = functools.partial(self.pool.acquire, timeout=STATEMENT_SECONDS)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -518,13 +521,13 @@ class PostgreSQL(Database):
 
     async def select(self, sql: str, values: Row) -> list[Row]:
         """All rows of one statement. Whoever is cancelled or late cancels it."""
-        async with self.pool.acquire() as connection:
+        async with self.connect() as connection:
             return [dict(row) for row in await self.run(connection, sql, values)]
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
         """A durable transaction: when the block has ended it is committed, or raises."""
-        async with self.pool.acquire() as connection, connection.transaction():
+        async with self.connect() as connection, connection.transaction():
             yield Transaction(functools.partial(self.run, connection))
 
 
@@ -598,6 +601,8 @@ Role = Literal["user", "admin"]
 TokenScope = Literal["read", "write"]
 Status = Literal["todo", "in_progress", "done"]
 Priority = Literal["low", "medium", "high"]
+Moment = Annotated[datetime, AfterValidator(lambda moment: moment.replace(tzinfo=UTC))]
+"""A moment of the database, in UTC. asyncpg reads the years' first and last one without a zone."""
 BINARY_TEXT: Any = sa.String(collation="C").with_variant(sa.String(), "sqlite")
 """A text that PostgreSQL sorts as SQLite does, whatever its locale."""
 
@@ -679,7 +684,7 @@ class TaskPublic(Identified):
     description: str | None
     status: Status = Field(sa_type=sa.String)
     priority: Priority = Field(sa_type=sa.String)
-    due_date: datetime | None
+    due_date: Moment | None
     completed: bool
     completed_at: datetime | None
     attachments: int
@@ -1317,61 +1322,86 @@ def moving_windows(**options: Any) -> Any:
 
 
 class Redis:
-    """What processes share besides the database: windows and bells. Nothing is lost without it."""
+    """What processes share besides the database: windows and bells, both asked in threads.
 
-    well: bool | None = None
-    client: Any = None
-    windows: Any = None
-    channel = ""
+    Nothing is lost without it: each process counts for itself, and streams look for themselves.
+    """
 
-    async def attempt(self, work: Callable[..., Awaitable[T]], *values: Any) -> T | None:
-        """What this gives, or None if Redis is not well; it is given up after 100 ms."""
-        if not self.well:
-            return None
-        try:
-            async with asyncio.timeout(REDIS_SECONDS):
-                return await work(*values)
-        except Exception as error:
-            self.note(False, error)
-            return None
+    def __init__(self) -> None:
+        self.well: bool | None = None
+        self.client: Any = None
+        self.windows: Any = None
+        self.channel = ""
+        self.noting = threading.Lock()
 
-    def note(self, well: bool, why: object = "") -> None:
+    def note(self, well: bool, why: object) -> None:
         """Remember whether it is well: one line in the log each way."""
-        if well is not self.well:
-            log.warning("Redis %s", "is well" if well else f"fails, this process goes on: {why!r}")
-        self.well = well
+        with self.noting:
+            if well is not self.well:
+                log.warning("Redis %s: %s", "is well" if well else "fails", why)
+            self.well = well
+
+    def ask(self, work: Callable[..., T], *values: Any) -> T | None:
+        """What this gives, in a thread, or None if Redis is not well. Takes 100 ms, or fails."""
+        began = time.monotonic()
+        try:
+            answer = work(*values) if self.well else None
+        except Exception as error:
+            self.note(False, repr(error))
+            return None
+        if time.monotonic() - began > REDIS_SECONDS:
+            self.note(False, "it is slow")
+        return answer
+
+    async def attempt(self, work: Callable[..., T], *values: Any) -> T | None:
+        """What this gives, or None if Redis is not well, or this process too busy."""
+        if self.well:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REDIS_SECONDS):
+                    return await asyncio.to_thread(self.ask, work, *values)
+        return None
 
     async def listen(self) -> None:
-        """Ring here what other processes announce; after a failure, come back when it is well."""
-        redis_py: Any = importlib.import_module("redis.asyncio")  # Of deploy/requirements.txt.
+        """Ring here what other processes announce, until this is cancelled."""
+        redis_py: Any = importlib.import_module("redis")  # Of deploy/requirements.txt.
+        times = {"socket_timeout": REDIS_SECONDS, "socket_connect_timeout": REDIS_SECONDS}
+        self.client = redis_py.from_url(settings.redis_url, **times)
         self.channel = f"onefile-tasks-{token_hash(settings.secret_key)[:16]}"
-        options: Row = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), REDIS_SECONDS)
-        options["key_prefix"] = self.channel
+        options = {"connection_pool": self.client.connection_pool, "key_prefix": self.channel}
         self.windows = moving_windows(storage_uri=settings.redis_url, storage_options=options)
-        async with redis_py.from_url(settings.redis_url) as self.client:
-            while True:
-                try:
-                    await self.hear_bells()
-                except Exception as error:
-                    self.note(False, error)
-                await asyncio.sleep(REDIS_PAUSE_SECONDS)
+        stopped = threading.Event()
+        try:
+            await asyncio.to_thread(self.hear_bells, asyncio.get_running_loop(), stopped)
+        finally:
+            stopped.set()
 
-    async def hear_bells(self) -> None:
-        """Subscribe, and ring until Redis fails. Errors: OSError; RedisError."""
-        async with self.client.pubsub() as bells:
-            async with asyncio.timeout(REDIS_PAUSE_SECONDS):
-                await bells.subscribe(self.channel)
-            async with asyncio.timeout(REDIS_SECONDS):
-                await self.client.ping()
-            self.note(True)
-            while self.well:
-                bell = await bells.get_message(True, timeout=REDIS_PAUSE_SECONDS)
-                if bell is None:
-                    await self.attempt(self.client.ping)
-                    continue
-                process, user_id, seq, client_id = bell["data"].decode().split(" ")
-                if process != PROCESS:
-                    broadcaster.ring(int(user_id), int(seq), client_id)
+    def hear_bells(self, loop: asyncio.AbstractEventLoop, stopped: threading.Event) -> None:
+        """Subscribe, in a thread; after a failure again and again, until Redis is well."""
+        while not stopped.is_set():
+            try:
+                with self.client.pubsub(ignore_subscribe_messages=True) as bells:
+                    bells.subscribe(self.channel)
+                    began = time.monotonic()
+                    hit(self.windows, 0, settings.rate_limit_read, "nobody")
+                    if time.monotonic() - began < REDIS_SECONDS:
+                        self.note(True, "limits and live updates are shared")
+                    self.ring_bells(bells, loop, stopped)
+            except Exception as error:
+                self.note(False, repr(error))
+            stopped.wait(REDIS_PAUSE_SECONDS)
+        self.client.close()
+
+    def ring_bells(self, bells: Any, loop: Any, stopped: threading.Event) -> None:
+        """Pass on what comes, while all is well. Errors: OSError; RedisError."""
+        while self.well and not stopped.is_set():
+            bell = bells.get_message(timeout=REDIS_PAUSE_SECONDS)
+            if bell is None:
+                self.ask(self.client.ping)
+                continue
+            process, user_id, seq, client_id = bell["data"].decode().split(" ")
+            if process != PROCESS:
+                ring = functools.partial(broadcaster.ring, int(user_id), int(seq), client_id)
+                loop.call_soon_threadsafe(ring)
 
 
 limiter = moving_windows()
@@ -1411,9 +1441,10 @@ async def count(exchange: Exchange, name: str, key: str, cost: int = 1) -> None:
         return
     limit: limits.RateLimitItem = getattr(settings, f"rate_limit_{name}")
     this = (cost, limit, name, key)
-    shared = await redis.attempt(asyncio.to_thread, hit, redis.windows, *this)
+    shared = await redis.attempt(hit, redis.windows, *this)
     allowed, reset, remaining = shared or hit(limiter, *this)
-    seconds = min(max(1, math.ceil(reset - time.time())), limit.get_expiry())
+    reset = min(reset, time.time() + limit.get_expiry())  # Also if the clock went back.
+    seconds = max(1, math.ceil(reset - time.time()))
     if remaining <= exchange.remaining:
         exchange.remaining = remaining
         figures = {"Limit": limit.amount, "Remaining": remaining, "Reset": math.ceil(reset)}
@@ -1917,9 +1948,10 @@ async def opened_database() -> AsyncIterator[None]:
     name = checked(Username, settings.admin_username, "ADMIN_USERNAME")
     try:
         await database.open()
-    except (*database.failures, sa.exc.DBAPIError) as error:
+    except (*database.failures, sa.exc.DBAPIError, ValueError) as error:
         why = getattr(error, "orig", error)
-        raise SystemExit(f"DATA_DIR: the database cannot be opened: {why}") from None
+        setting = "DATABASE_URL" if settings.database_url else "DATA_DIR"
+        raise SystemExit(f"{setting}: the database cannot be opened: {why}") from None
     try:
         settings.secret_key = load_secret_key(settings.data_dir / "secret_key")
         if not await database.lookup("SELECT id FROM users LIMIT 1"):
@@ -2922,8 +2954,11 @@ SELECT id, name, scope, created_at, nullif(last_used_at, created_at) AS last_use
 FROM sessions WHERE user_id = :user_id AND scope IS NOT NULL AND expires_at > :now ORDER BY id"""
 
 
-async def add_api_token(user_id: int, body: ApiTokenCreate) -> ApiTokenCreated:
-    """A token that its owner sees once; here only its hash stays. Errors: 409 too_many_tokens."""
+async def add_api_token(user_id: int, body: ApiTokenCreate, session: int = 0) -> ApiTokenCreated:
+    """A token that its owner sees once; here only its hash stays.
+
+    Errors: 401, if it came by a session that has ended meanwhile; 409 too_many_tokens
+    """
     token = API_TOKEN_PREFIX + secrets.token_urlsafe(32)
     moment = now()
     columns = {**body.model_dump(), "user_id": user_id, "address": "", "user_agent": ""}
@@ -2931,6 +2966,8 @@ async def add_api_token(user_id: int, body: ApiTokenCreate) -> ApiTokenCreated:
     columns |= {"created_at": moment, "last_used_at": moment}
     async with database.transaction() as db:
         await db.fetch(LOCK_USER, id=user_id)
+        if session and not await db.fetch("SELECT id FROM sessions WHERE id = :id", id=session):
+            raise unauthorized("session_ended", "Your session has ended meanwhile: log in.")
         known = await db.fetch(LIST_API_TOKENS, user_id=user_id, never=NEVER)
         if len(known) >= MAX_API_TOKENS:
             raise ApiError(409, "too_many_tokens", f"You have {MAX_API_TOKENS}. Delete one first.")
@@ -2954,7 +2991,7 @@ async def create_api_token(body: ApiTokenCreate, user: RecentUser) -> ApiTokenCr
     """
     if body.expires_at and body.expires_at <= now():
         raise invalid([("expires_at", "must lie in the future")])
-    return await add_api_token(user.id, body)
+    return await add_api_token(user.id, body, user.session_id)
 
 
 @auth.delete("/api_tokens/{token_id}", status_code=204)

@@ -3,16 +3,19 @@
 Run    .venv/bin/pytest .ci       with .ci/requirements.txt installed; .ci/run does all that
 """
 
-# ruff: noqa: S101, S105, S603
+# ruff: noqa: E402, S101, S105, S603
 
 import contextlib
 import http.client
 import os
 import re
+import secrets
+import shutil
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +29,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))
+import services
 
 API = "/api/v1"
 ADMIN_PASSWORD = "a long password of the admin"
@@ -43,28 +47,33 @@ class Server:
 
     def __init__(self, folder: Path, change: str, settings: dict[str, str]) -> None:
         self.folder = folder
+        self.settings = settings
         self.log = folder / f"log-{len(list(folder.glob('log-*')))}.txt"
         command = [sys.executable, str(ROOT / "app.py")]
         if change:
             command = [sys.executable, "-c", f"import app; {change}; app.main()"]
+        self.stack = contextlib.ExitStack()
+        self.start(command, settings)
+        found = eventually(self.listening)
+        self.url = found[1]
+        self.port = int(found[2])
+        eventually(self.answers)
+
+    def start(self, command: list[str], settings: dict[str, str]) -> None:
+        """Run this, until `close`; what it says goes to the log."""
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
         environment |= {"PYTHONPATH": str(ROOT), **SETTINGS, **settings}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
-                cwd=folder,
+                cwd=self.folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
-        self.stack = contextlib.ExitStack()
         self.stack.callback(self.process.wait, DEADLINE)
         self.stack.callback(self.process.kill)
-        found = eventually(self.listening)
-        self.url = found[1]
-        self.port = int(found[2])
-        eventually(self.answers)
 
     def listening(self) -> re.Match[str] | None:
         """What it says of where it listens."""
@@ -230,3 +239,75 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 def server(serve: Callable[..., Server]) -> Server:
     """A server."""
     return serve()
+
+
+# ── Several processes on one PostgreSQL and one Redis ───────────────────────────────────────────
+
+Starts = Callable[..., list[Server]]
+SECRET = {"SECRET_KEY": secrets.token_hex(32)}
+LIMITED = {
+    "RATE_LIMITS": "on",
+    "RATE_LIMIT_READ": "40/minute",
+    "RATE_LIMIT_LOGIN": "6/minute",
+    "RATE_LIMIT_REGISTER": "999/minute",
+    "RATE_LIMIT_WRITE": "9999/minute",
+    "TRUSTED_PROXIES": "127.0.0.1",
+}
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[tuple[services.PostgreSQL, services.Redis]]:
+    """Both, empty."""
+    folder = Path(tempfile.mkdtemp())
+    with services.services(folder, durable=False) as both:
+        yield both
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def postgresql(machines: tuple[services.PostgreSQL, services.Redis]) -> services.PostgreSQL:
+    """A PostgreSQL for the tests of one file."""
+    return machines[0]
+
+
+@pytest.fixture(scope="module")
+def redis(machines: tuple[services.PostgreSQL, services.Redis]) -> services.Redis:
+    """A Redis for the tests of one file."""
+    return machines[1]
+
+
+@pytest.fixture(scope="module")
+def start(redis: services.Redis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starts]:
+    """Start processes on a database, all at once. In the end, none may have answered 500."""
+    folder = tmp_path_factory.mktemp("processes")
+    logs: list[Path] = []
+    with contextlib.ExitStack() as running:
+
+        def start(count: int, url: str, change: str = CHEAP_PASSWORDS, **more: str) -> list[Server]:
+            folders = [folder / str(len(logs) + number) for number in range(count)]
+            logs.extend(folders)
+
+            def one(number: int) -> Server:
+                folders[number].mkdir()
+                given = {"DATABASE_URL": url, "REDIS_URL": redis.url, **SECRET, **more}
+                server = Server(folders[number], change, given)
+                return running.enter_context(contextlib.closing(server))
+
+            return together(count, one)
+
+        yield start
+    for each in logs:
+        said = (each / "log-0.txt").read_text()
+        assert not re.search(r"Traceback| 500 \d|Task exception", said), said[-5000:]
+
+
+@pytest.fixture(scope="module")
+def fleet(start: Starts, postgresql: services.PostgreSQL) -> list[Server]:
+    """Four processes, for all tests of a file that start none of their own."""
+    return start(4, postgresql.fresh("fleet"))
+
+
+@pytest.fixture(scope="module")
+def limited(start: Starts, postgresql: services.PostgreSQL) -> list[Server]:
+    """Two processes with rate limits."""
+    return start(2, postgresql.fresh("limited"), **LIMITED)

@@ -5,6 +5,7 @@ Content-Length or by its last chunk.
 """
 
 import asyncio
+import itertools
 import json
 import re
 import time
@@ -31,10 +32,11 @@ class Answer(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """Answers per second, and the share of a core that this side needed for them."""
+    """Answers per second, the share of a core that this side needed for them, their times."""
 
     per_second: float
     client_share: float
+    times: list[float]  # milliseconds
 
 
 def wanted(
@@ -140,15 +142,16 @@ async def ask_once(port: int, what: Wanted) -> Answer:
     return answer
 
 
-async def keep_asking(connection: Connection, work: Iterator[Wanted], deadline: float) -> int:
-    """Ask for what comes next until nothing is left or the time is over. Returns how many came."""
-    answers = 0
+async def keep_asking(
+    connection: Connection, work: Iterator[Wanted], deadline: float
+) -> list[float]:
+    """Ask for what comes next until nothing is left or the time is over. Returns their times."""
+    times = []
     for what in work:
-        await connection.ask(what)
-        answers += 1
+        times.append(await connection.timed(what))
         if time.perf_counter() > deadline:
             break
-    return answers
+    return times
 
 
 async def drive(port: int, work: Iterator[Wanted], seconds: float) -> Rate:
@@ -158,12 +161,12 @@ async def drive(port: int, work: Iterator[Wanted], seconds: float) -> Rate:
     began = time.perf_counter()
     async with asyncio.timeout(seconds + ANSWER_SECONDS):
         askers = [keep_asking(each, work, began + seconds) for each in connections]
-        answers = await asyncio.gather(*askers)
+        times = list(itertools.chain.from_iterable(await asyncio.gather(*askers)))
     elapsed = time.perf_counter() - began
     busy = time.process_time() - busy_before
     for connection in connections:
         connection.transport.abort()
-    return Rate(sum(answers) / elapsed, busy / elapsed)
+    return Rate(len(times) / elapsed, busy / elapsed, times)
 
 
 def run(main: Coroutine[Any, Any, Any]) -> Any:

@@ -161,7 +161,9 @@ async def listen(port: int, token: str, count: int) -> list[Listener]:
     return listeners
 
 
-async def change(app: Onefile, user: User, count: int) -> dict[int, float]:
+async def change(
+    app: Onefile, user: User, count: int, per_second: float = CHANGES_PER_SECOND
+) -> dict[int, float]:
     """Create and update tasks in turn, at a steady pace. Returns when each seq was sent.
 
     No task is updated twice within seconds: of two changes of one, a slow socket may see the later.
@@ -173,7 +175,7 @@ async def change(app: Onefile, user: User, count: int) -> dict[int, float]:
         what = app.create(user, number)
         if number % 2:
             what = app.update(user, user.task_ids[number // 2 % len(user.task_ids)])
-        await asyncio.sleep(began + number / CHANGES_PER_SECOND - time.perf_counter())
+        await asyncio.sleep(began + number / per_second - time.perf_counter())
         now = time.perf_counter()
         answer = await connection.ask(what)
         sent[json.loads(answer.body)["version"]] = now

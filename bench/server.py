@@ -49,13 +49,15 @@ def free_port() -> int:
 class Server:
     """A process that serves HTTP. What it has to say goes to `log`."""
 
+    cores = SERVER_CORES
+
     def __init__(
         self, command: list[str], port: int, directory: Path, settings: dict[str, str]
     ) -> None:
         self.port = port
         directory.mkdir(exist_ok=True)
         environment = {name: os.environ[name] for name in KEPT if name in os.environ} | settings
-        pin(SERVER_CORES)
+        pin(self.cores)
         try:
             self.log = directory / "log.txt"
             with self.log.open("ab") as log:

@@ -196,6 +196,9 @@ def main() -> None:
         command = commands.add_parser(name, help=text)
         command.add_argument("file", metavar="FILE", type=Path)
     given = parser.parse_args()
+    if app.settings.database_url:
+        hint = "pg_dump copies it, pg_restore puts a copy in its place"
+        raise SystemExit(f"backup.py: DATABASE_URL is set, so all is in PostgreSQL: {hint}")
     try:
         told = make(given.file) if given.command == "make" else restore(given.file)
     except SystemExit as refusal:
