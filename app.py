@@ -322,18 +322,18 @@ class Transaction:
 class Database:
     """How either database is read: by key, or within the bounds of a user."""
 
-    select: Callable[[str, Row], Coroutine[Any, Any, list[Row]]]
-    """All rows of one statement."""
+    select: Callable[[str, Row, bool], Coroutine[Any, Any, list[Row]]]
+    """All rows of one statement. A quick one is tried without a thread."""
 
     def __init__(self) -> None:
         self.turns: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
 
     async def lookup(self, sql: str, **values: Any) -> Row | None:
         """One row by key, which is quick whoever asks."""
-        rows = await self.select(sql, values)
+        rows = await self.select(sql, values, True)
         return rows[0] if rows else None
 
-    async def read(self, user_id: int, sql: str, **values: Any) -> list[Any]:
+    async def read(self, user_id: int, sql: str, quick: bool = False, **values: Any) -> list[Any]:
         """All rows of one statement: two at once for a user, 3 s each. Errors: 503 too_slow.
 
         :user_id and :now are always there.
@@ -342,7 +342,7 @@ class Database:
         try:
             async with self.turns.setdefault(user_id, asyncio.Semaphore(READS_PER_USER)):
                 async with asyncio.timeout(READ_SECONDS):
-                    return await self.select(sql, values)
+                    return await self.select(sql, values, quick)
         except TimeoutError:
             message = f"This took more than {READ_SECONDS:.0f} s. Ask for less."
             raise try_later("too_slow", message) from None
@@ -435,7 +435,7 @@ class SQLite(Database):
         if os.stat(self.path).st_ino != self.inode:
             raise OSError(f"{self.path} is another file now: restart")
 
-    async def select(self, sql: str, values: Row) -> list[Row]:
+    async def select(self, sql: str, values: Row, quick: bool) -> list[Row]:
         """All rows of one statement: right here if that is quick, or else anew, in a thread.
 
         Whoever is cancelled or late interrupts it.
@@ -443,7 +443,8 @@ class SQLite(Database):
         self.check()
         self.deadline = time.thread_time() + QUICK_SECONDS
         with suppress(sqlite3.OperationalError):
-            return [dict(row) for row in self.finder.execute(sql, values)]
+            if quick:
+                return [dict(row) for row in self.finder.execute(sql, values)]
         reader = await self.readers.get()
         try:
             return [dict(row) for row in await reader.execute_fetchall(sql, values)]
@@ -490,7 +491,7 @@ class PostgreSQL(Database):
         names = ("PostgresError", "InterfaceError", "InternalClientError")
         self.failures: Any = (OSError, *[getattr(self.driver, name) for name in names])
         self.url = re.sub(r"^postgres[^:]*", "postgresql", settings.database_url)
-        self.place = re.sub("//.*@", "//", self.url.partition("?")[0])  # Without a password.
+        self.place = re.sub("//.*@", "//", self.url).partition("?")[0]  # Without a password.
 
     async def open(self) -> None:
         """Connect; one process upgrades, the others wait. Errors: `failures`; SystemExit."""
@@ -519,7 +520,7 @@ class PostgreSQL(Database):
         rows: list[Any] = await connection.fetch(text, *[values[name] for name in names])
         return rows
 
-    async def select(self, sql: str, values: Row) -> list[Row]:
+    async def select(self, sql: str, values: Row, _quick: bool) -> list[Row]:
         """All rows of one statement. Whoever is cancelled or late cancels it."""
         async with self.connect() as connection:
             return [dict(row) for row in await self.run(connection, sql, values)]
@@ -1257,9 +1258,9 @@ class Caller(UserPublic):
     session_created_at: datetime
     exchange: Any = pydantic.Field(None, exclude=True)
 
-    async def read(self, sql: str, **values: Any) -> list[Any]:
+    async def read(self, sql: str, quick: bool = False, **values: Any) -> list[Any]:
         """All rows of a statement; :user_id and :now are always there. Errors: 503 too_slow."""
-        return await database.read(self.id, sql, **values)
+        return await database.read(self.id, sql, quick, **values)
 
     def answer_with(self, **headers: str) -> None:
         """Put headers on the answer; Last_Modified stands for Last-Modified."""
@@ -1949,7 +1950,8 @@ async def opened_database() -> AsyncIterator[None]:
     try:
         await database.open()
     except (*database.failures, sa.exc.DBAPIError, ValueError) as error:
-        why = getattr(error, "orig", error)
+        # A ValueError may quote the password.
+        why = "no address" if isinstance(error, ValueError) else getattr(error, "orig", error)
         setting = "DATABASE_URL" if settings.database_url else "DATA_DIR"
         raise SystemExit(f"{setting}: the database cannot be opened: {why}") from None
     try:
@@ -2333,7 +2335,8 @@ ORDER BY {SORT_KEYS.get(sort, sort)} {order}, id {order} LIMIT :limit OFFSET :of
 async def page_of(user: Caller, path: str, query: PageQuery, sql: str, **values: Any) -> Any:
     """A page of rows that carry their total, with its Link header. Ref: RFC 8288. Errors: 503."""
     size = query.page_size
-    rows = await user.read(sql, limit=size, offset=(query.page - 1) * size, **values)
+    quick = "search" not in values  # To compare one long text may take milliseconds.
+    rows = await user.read(sql, quick, limit=size, offset=(query.page - 1) * size, **values)
     # Past the end, the first page knows the total.
     counted = rows or await user.read(sql, limit=1, offset=0, **values)
     total = counted[0]["total"] if counted else 0

@@ -547,7 +547,7 @@ def rate_limits(configure: Callable[..., None]) -> Callable[..., None]:
 
 WEBHOOK_SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 WRONG_VALUES = """
-DATABASE_URL=mysql://me:pass77@db/tasks REDIS_URL=me:pass77@localhost
+SECRET_KEY= DATABASE_URL=mysql://me:pass77@db/tasks REDIS_URL=me:pass77@localhost
 PORT=eighty PORT=-1 PORT=65536 ROOT_PATH=todo ROOT_PATH=/todo/ REGISTRATION=perhaps TRASH_DAYS=-1
 ACCESS_TOKEN_MINUTES=0 ACCESS_TOKEN_MINUTES=quarter REFRESH_TOKEN_DAYS=181 RATE_LIMITS=maybe
 RATE_LIMIT_LOGIN=often RATE_LIMIT_LOGIN=0/minute RATE_LIMIT_READ=5/minute;9/hour MAX_BODY_KIB=0
@@ -595,8 +595,9 @@ def command(configure: Any, clock: Clock, monkeypatch: Any) -> Callable[..., str
 @pytest.mark.parametrize("setting", WRONG_VALUES.split())
 def test_a_wrong_value_stops_the_start_with_one_line_that_names_it(env_file, setting):
     name = setting.partition("=")[0]
-    webhook = f"WEBHOOK_URL=https://hooks.example.net\nWEBHOOK_SECRET={WEBHOOK_SECRET}\n"
-    env_file.write_text(webhook + setting)
+    right = f"WEBHOOK_URL=https://hooks.example.net\nWEBHOOK_SECRET={WEBHOOK_SECRET}\n"
+    right += "DATABASE_URL=postgresql://db/tasks\nSECRET_KEY=set\n"
+    env_file.write_text(right + setting)
     with pytest.raises(SystemExit) as stop:
         app.load_settings()
     assert re.fullmatch(rf"{name}: .+", str(stop.value))
@@ -2111,6 +2112,9 @@ def test_a_user_has_at_most_100_api_tokens(alice, monkeypatch):
     monkeypatch.setattr(app, "MAX_API_TOKENS", 3)
     answers = together(5, lambda _: ask(alice, "POST /auth/api_tokens", {}))
     assert sorted(answer.status_code for answer in answers) == [201] * 3 + [409] * 2
+    late = app.add_api_token(2, app.ApiTokenCreate(name="x", scope="read"), 99)
+    with pytest.raises(app.ApiError, match="session has ended"):
+        alice.server.run(late)
 
 
 @pytest.mark.parametrize("route", ["POST /auth/api_tokens", "DELETE /users/me"])

@@ -33,7 +33,10 @@ def pytest_configure() -> None:
     global postgresql
     folder = running.enter_context(tempfile.TemporaryDirectory())
     started = services.services(Path(folder), durable=False)
-    postgresql, redis = running.enter_context(started)
+    try:
+        postgresql, redis = running.enter_context(started)
+    except RuntimeError as error:  # What is missing, or why it does not start.
+        raise pytest.UsageError(str(error)) from None
     variables["DATABASE_URL"] = postgresql.fresh(NAME)
     variables["REDIS_URL"] = redis.url
     variables["SECRET_KEY"] = SECRET_KEY
