@@ -7,12 +7,12 @@ Then   open http://127.0.0.1:8000/docs, or follow the README with curl.
 Sections
    1  Settings              every knob, read from the environment and .env, checked at start
    2  Errors                one shape for every error, raised through small factories
-   3  Database              SQLite by aiosqlite: one statement a read, shared commits
+   3  Database              SQLite or PostgreSQL: constant SQL, one statement a read
    4  Tables                users, sessions, refresh tokens, tasks, attachments
    5  Schemas               what comes in and what goes out
    6  Passwords and tokens  bcrypt, JWT, opaque tokens: functions that know nothing of HTTP
    7  Who asks              one statement a request says who this is, and their seq
-   8  Rate limits           SlowAPI's moving windows, and the dependencies that count
+   8  Rate limits           SlowAPI's moving windows, in this process or shared through Redis
    9  Live updates          the number per user, the changes that take it, the streams that follow
   10  Application           start and stop, the outermost ASGI layer, error handlers
   11  Routes                auth, users, tasks, attachments, live, admin, health
@@ -63,7 +63,7 @@ import sys
 
 if sys.version_info < (3, 11):
     raise SystemExit("Onefile Tasks needs Python 3.11 or newer.")
-gc.disable()  # To look for garbage while all this is imported is a fifth of the start.
+gc.disable()  # Looking for garbage during the imports would be a fifth of the start.
 
 import argparse
 import asyncio
@@ -71,7 +71,7 @@ import email.header
 import functools
 import getpass
 import hashlib
-import importlib
+import importlib.util
 import ipaddress
 import logging
 import math
@@ -214,6 +214,9 @@ def load_settings() -> Settings:
         raise SystemExit(".env: must be text in UTF-8") from None
     except pydantic.ValidationError as error:
         raise SystemExit(first_problem(error)) from None
+    for setting, module in (("database_url", "asyncpg"), ("redis_url", "redis")):
+        if getattr(loaded, setting) and importlib.util.find_spec(module) is None:
+            raise SystemExit(f"{setting.upper()}: needs pip install -r deploy/requirements.txt")
     if loaded.database_url and not loaded.secret_key:
         raise SystemExit("SECRET_KEY: must be set, because DATABASE_URL is")
     if loaded.webhook_url and not loaded.webhook_secret:
@@ -285,10 +288,10 @@ def resync_required() -> ApiError:
 
 
 # ── 3 Database ──────────────────────────────────────────────────────────────────────────────────
-# SQL is constant text, in words that SQLite and PostgreSQL share, and runs without an ORM: building
-# a statement costs more than running it, and so does a hop to a driver's thread: a short read runs
-# right in the event loop. On SQLite, whoever waits to write shares one COMMIT with all who wait: a
-# durable commit costs a flush of the disk, however many writes it carries.
+# SQL is constant text, in words that SQLite and PostgreSQL share, without an ORM. Building a
+# statement costs more than running it, and so does a hop to a driver's thread, so a short read runs
+# in the event loop. On SQLite all who wait to write share one COMMIT: a durable one costs a flush
+# of the disk, however many writes it carries.
 
 CONNECTIONS = 8
 READS_PER_USER = 2
@@ -322,11 +325,11 @@ class Transaction:
 class Database:
     """How either database is read: by key, or within the bounds of a user."""
 
+    # Each database has its own: all rows of one statement. A quick one is tried without a thread.
     select: Callable[[str, Row, bool], Coroutine[Any, Any, list[Row]]]
-    """All rows of one statement. A quick one is tried without a thread."""
 
     def __init__(self) -> None:
-        self.turns: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
+        self.read_turns: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
 
     async def lookup(self, sql: str, **values: Any) -> Row | None:
         """One row by key, which is quick whoever asks."""
@@ -340,7 +343,7 @@ class Database:
         """
         values |= {"user_id": user_id, "now": now()}
         try:
-            async with self.turns.setdefault(user_id, asyncio.Semaphore(READS_PER_USER)):
+            async with self.read_turns.setdefault(user_id, asyncio.Semaphore(READS_PER_USER)):
                 async with asyncio.timeout(READ_SECONDS):
                     return await self.select(sql, values, quick)
         except TimeoutError:
@@ -358,8 +361,8 @@ class Group:
     def __init__(self, database: "SQLite") -> None:
         self.database = database
         self.lost = False
-        self.committed = asyncio.create_task(self.commit())
         self.begun = asyncio.create_task(database.writer.execute("BEGIN IMMEDIATE"))
+        self.committed = asyncio.create_task(self.commit())
 
     async def undo(self) -> None:
         """Undo one body. A full disk has rolled back everybody's: then the whole group is lost."""
@@ -401,8 +404,8 @@ class SQLite(Database):
             upgrade(connection, self.path)
         self.inode = self.path.stat().st_ino
         connect_reader = functools.partial(self.connect, query_only="ON")
-        self.finder = connect_reader()
-        self.finder.set_progress_handler(lambda: time.thread_time() > self.deadline, 500)
+        self.quick_reader = connect_reader()
+        self.quick_reader.set_progress_handler(lambda: time.thread_time() > self.deadline, 500)
         self.writer = await aiosqlite.Connection(self.connect, 64)
         self.readers: asyncio.Queue[aiosqlite.Connection] = asyncio.Queue()
         for _ in range(CONNECTIONS):
@@ -413,9 +416,8 @@ class SQLite(Database):
     def connect(self, query_only: str = "OFF") -> sqlite3.Connection:
         """A connection whose transactions are begun by hand."""
         options: Any = {"isolation_level": None, "check_same_thread": False}
-        connection: sqlite3.Connection = sqlite3.connect(
-            self.path, cached_statements=512, **options
-        )
+        options["cached_statements"] = 512
+        connection: sqlite3.Connection = sqlite3.connect(self.path, **options)
         connection.row_factory = sqlite3.Row
         # FULL: an acknowledged write survives a power cut, not only a crash of this process.
         for pragma in "busy_timeout=10000", "synchronous=FULL", "foreign_keys=ON":
@@ -425,7 +427,7 @@ class SQLite(Database):
 
     async def close(self) -> None:
         """Close every connection; the writer last, which then takes the WAL into the file."""
-        self.finder.close()
+        self.quick_reader.close()
         while not self.readers.empty():
             await self.readers.get_nowait().close()
         await self.writer.close()
@@ -441,10 +443,10 @@ class SQLite(Database):
         Whoever is cancelled or late interrupts it.
         """
         self.check()
-        self.deadline = time.thread_time() + QUICK_SECONDS
-        with suppress(sqlite3.OperationalError):
-            if quick:
-                return [dict(row) for row in self.finder.execute(sql, values)]
+        if quick:
+            self.deadline = time.thread_time() + QUICK_SECONDS
+            with suppress(sqlite3.OperationalError):  # It was not quick after all.
+                return [dict(row) for row in self.quick_reader.execute(sql, values)]
         reader = await self.readers.get()
         try:
             return [dict(row) for row in await reader.execute_fetchall(sql, values)]
@@ -486,8 +488,8 @@ class PostgreSQL(Database):
 
     def __init__(self) -> None:
         super().__init__()
-        self.driver: Any = importlib.import_module("asyncpg")  # Of deploy/requirements.txt.
-        # The last one is its word for a connection that a restart has cut in the wrong moment.
+        self.driver: Any = importlib.import_module("asyncpg")
+        # The last one is its word for a connection that a restart has cut at the wrong moment.
         names = ("PostgresError", "InterfaceError", "InternalClientError")
         self.failures: Any = (OSError, *[getattr(self.driver, name) for name in names])
         self.url = re.sub(r"^postgres[^:]*", "postgresql", settings.database_url)
@@ -506,8 +508,8 @@ class PostgreSQL(Database):
             await connection.exec_driver_sql("SELECT pg_advisory_xact_lock(1)")
             await connection.run_sync(upgrade, None)
         options |= {"command_timeout": STATEMENT_SECONDS, "statement_cache_size": 512}
-        sizes = {"min_size": 0, "max_size": 2 * CONNECTIONS}
-        self.pool = await self.driver.create_pool(**options, **sizes)
+        options |= {"min_size": 0, "max_size": 2 * CONNECTIONS}
+        self.pool = await self.driver.create_pool(**options)
         self.connect = functools.partial(self.pool.acquire, timeout=STATEMENT_SECONDS)
 
     async def close(self) -> None:
@@ -603,7 +605,7 @@ TokenScope = Literal["read", "write"]
 Status = Literal["todo", "in_progress", "done"]
 Priority = Literal["low", "medium", "high"]
 Moment = Annotated[datetime, AfterValidator(lambda moment: moment.replace(tzinfo=UTC))]
-"""A moment of the database, in UTC. asyncpg reads the years' first and last one without a zone."""
+"""In UTC. asyncpg reads the first and the last moment of all without a zone."""
 BINARY_TEXT: Any = sa.String(collation="C").with_variant(sa.String(), "sqlite")
 """A text that PostgreSQL sorts as SQLite does, whatever its locale."""
 
@@ -1318,7 +1320,7 @@ PROCESS = secrets.token_hex(8)
 
 
 def moving_windows(**options: Any) -> Any:
-    """Only SlowAPI's windows are used; the keys are ours."""
+    """SlowAPI's limiter without its keys: ours are given."""
     return Limiter(lambda: "", strategy="moving-window", **options).limiter
 
 
@@ -1333,76 +1335,73 @@ class Redis:
         self.client: Any = None
         self.windows: Any = None
         self.channel = ""
-        self.noting = threading.Lock()
 
-    def note(self, well: bool, why: object) -> None:
+    def set_well(self, well: bool, why: object) -> None:
         """Remember whether it is well: one line in the log each way."""
-        with self.noting:
-            if well is not self.well:
-                log.warning("Redis %s: %s", "is well" if well else "fails", why)
-            self.well = well
+        known = self.well
+        self.well = well
+        if well is not known:
+            log.warning("Redis %s: %s", "is well" if well else "fails", why)
 
     def ask(self, work: Callable[..., T], *values: Any) -> T | None:
-        """What this gives, in a thread, or None if Redis is not well. Takes 100 ms, or fails."""
+        """Run this in a worker's thread. None if Redis is not well, or fails."""
         began = time.monotonic()
         try:
+            # It may have failed while this waited for a thread.
             answer = work(*values) if self.well else None
         except Exception as error:
-            self.note(False, repr(error))
+            self.set_well(False, repr(error))
             return None
         if time.monotonic() - began > REDIS_SECONDS:
-            self.note(False, "it is slow")
+            self.set_well(False, "it is slow")
         return answer
 
     async def attempt(self, work: Callable[..., T], *values: Any) -> T | None:
-        """What this gives, or None if Redis is not well, or this process too busy."""
+        """The same from the event loop, waiting 100 ms at most."""
         if self.well:
             with suppress(TimeoutError):
                 async with asyncio.timeout(REDIS_SECONDS):
                     return await asyncio.to_thread(self.ask, work, *values)
         return None
 
-    async def listen(self) -> None:
-        """Ring here what other processes announce, until this is cancelled."""
-        redis_py: Any = importlib.import_module("redis")  # Of deploy/requirements.txt.
+    def connect(self) -> None:
+        """A client, which connects when it is asked. Errors: ValueError."""
         times = {"socket_timeout": REDIS_SECONDS, "socket_connect_timeout": REDIS_SECONDS}
+        redis_py: Any = importlib.import_module("redis")
         self.client = redis_py.from_url(settings.redis_url, **times)
         self.channel = f"onefile-tasks-{token_hash(settings.secret_key)[:16]}"
         options = {"connection_pool": self.client.connection_pool, "key_prefix": self.channel}
         self.windows = moving_windows(storage_uri=settings.redis_url, storage_options=options)
+
+    async def listen(self) -> None:
+        """Ring here what other processes announce, until Redis fails or this is cancelled."""
         stopped = threading.Event()
         try:
             await asyncio.to_thread(self.hear_bells, asyncio.get_running_loop(), stopped)
+        except Exception as error:
+            self.set_well(False, repr(error))
         finally:
             stopped.set()
 
     def hear_bells(self, loop: asyncio.AbstractEventLoop, stopped: threading.Event) -> None:
-        """Subscribe, in a thread; after a failure again and again, until Redis is well."""
-        while not stopped.is_set():
-            try:
-                with self.client.pubsub(ignore_subscribe_messages=True) as bells:
-                    bells.subscribe(self.channel)
-                    began = time.monotonic()
-                    hit(self.windows, 0, settings.rate_limit_read, "nobody")
-                    if time.monotonic() - began < REDIS_SECONDS:
-                        self.note(True, "limits and live updates are shared")
-                    self.ring_bells(bells, loop, stopped)
-            except Exception as error:
-                self.note(False, repr(error))
-            stopped.wait(REDIS_PAUSE_SECONDS)
-        self.client.close()
-
-    def ring_bells(self, bells: Any, loop: Any, stopped: threading.Event) -> None:
-        """Pass on what comes, while all is well. Errors: OSError; RedisError."""
-        while self.well and not stopped.is_set():
-            bell = bells.get_message(timeout=REDIS_PAUSE_SECONDS)
-            if bell is None:
-                self.ask(self.client.ping)
-                continue
-            process, user_id, seq, client_id = bell["data"].decode().split(" ")
-            if process != PROCESS:
-                ring = functools.partial(broadcaster.ring, int(user_id), int(seq), client_id)
-                loop.call_soon_threadsafe(ring)
+        """Subscribe, in a thread, and pass on what comes. Errors: OSError; RedisError."""
+        if self.client is None:
+            self.connect()
+        with self.client, self.client.pubsub(ignore_subscribe_messages=True) as bells:
+            bells.subscribe(self.channel)
+            began = time.monotonic()
+            count_in(self.windows, False, settings.rate_limit_read, "nobody")
+            if time.monotonic() - began < REDIS_SECONDS:
+                self.set_well(True, "limits and live updates are shared")
+            while self.well and not stopped.is_set():
+                bell = bells.get_message(timeout=REDIS_PAUSE_SECONDS)
+                if bell is None:
+                    self.ask(self.client.ping)
+                    continue
+                process, user_id, seq, client_id = bell["data"].decode().split(" ")
+                if process != PROCESS:
+                    ring = functools.partial(broadcaster.ring, int(user_id), int(seq), client_id)
+                    loop.call_soon_threadsafe(ring)
 
 
 limiter = moving_windows()
@@ -1428,22 +1427,22 @@ def address_key(exchange: Exchange) -> str:
         return "local"
 
 
-def hit(windows: Any, cost: int, limit: Any, *key: str) -> tuple[bool, float, int]:
-    """Whether a request is allowed, when the window resets, how many remain."""
+def count_in(windows: Any, counts: bool, limit: Any, *key: str) -> tuple[bool, float, int]:
+    """Count, or only look: whether it is allowed, when the window resets, how many remain."""
     if windows.get_window_stats(limit, *key).reset_time > time.time() + limit.get_expiry() + 1:
         windows.clear(limit, *key)  # The clock went back: this window would stay full.
-    allowed = windows.hit(limit, *key) if cost else windows.test(limit, *key)
+    allowed = windows.hit(limit, *key) if counts else windows.test(limit, *key)
     return allowed, *windows.get_window_stats(limit, *key)
 
 
-async def count(exchange: Exchange, name: str, key: str, cost: int = 1) -> None:
-    """Count against RATE_LIMIT_<name>; with cost 0 only look. Errors: 429. Ref: RFC 6585 §4."""
+async def count(exchange: Exchange, name: str, key: str, counts: bool = True) -> None:
+    """Count against RATE_LIMIT_<name>, or only look. Errors: 429. Ref: RFC 6585 §4."""
     if settings.rate_limits == "off":
         return
     limit: limits.RateLimitItem = getattr(settings, f"rate_limit_{name}")
-    this = (cost, limit, name, key)
-    shared = await redis.attempt(hit, redis.windows, *this)
-    allowed, reset, remaining = shared or hit(limiter, *this)
+    window = (counts, limit, name, key)
+    shared = await redis.attempt(count_in, redis.windows, *window)
+    allowed, reset, remaining = shared or count_in(limiter, *window)
     reset = min(reset, time.time() + limit.get_expiry())  # Also if the clock went back.
     seconds = max(1, math.ceil(reset - time.time()))
     if remaining <= exchange.remaining:
@@ -1599,17 +1598,17 @@ class Broadcaster:
     def ring(self, user_id: int, seq: int, client_id: str | None = None) -> None:
         """Tell a user's streams of news up to this seq; end what a client_id has replaced."""
         for stream in self.streams.get(user_id, ()):
-            stream.newest = max(stream.newest, seq)
+            stream.newest_seq = max(stream.newest_seq, seq)
             stream.wake.set()
             if client_id and stream.client_id == client_id:
                 stream.close(4409, "replaced by a newer connection")
 
     async def announce(self, user_id: int, seq: int, client_id: str | None = None) -> None:
         """Ring in every process."""
-        self.ring(user_id, seq, client_id)
+        bell = f"{PROCESS} {user_id} {seq} {client_id or ''}"
         if redis.well:
-            bell = f"{PROCESS} {user_id} {seq} {client_id or ''}"
             await redis.attempt(redis.client.publish, redis.channel, bell)
+        self.ring(user_id, seq, client_id)
 
     async def look(self) -> None:
         """Close the streams whose session has ended, and notice what no bell told of."""
@@ -1644,7 +1643,7 @@ class Stream:
         self.user = user
         self.client_id = client_id
         self.cursor = 0
-        self.newest = 0
+        self.newest_seq = 0
         self.known_purge = 0
         self.stale = False
         self.wake = asyncio.Event()
@@ -1672,7 +1671,7 @@ class Stream:
     async def events(self) -> AsyncIterator[LiveEvent]:
         """Everything after the cursor, in seq order, none twice, until closed."""
         while not self.end:
-            if self.newest <= self.cursor:
+            if self.newest_seq <= self.cursor:
                 self.wake.clear()
                 await self.wake.wait()
                 continue
@@ -1699,7 +1698,7 @@ async def open_stream(
         start = await changes_after(user.id, MAX_ID - 1, 1)  # No task: only the user's numbers.
         stream.stale = since is not None and start.stale(since)
         stream.cursor = start.seq if since is None or stream.stale else since
-        stream.newest = max(stream.newest, start.seq)
+        stream.newest_seq = max(stream.newest_seq, start.seq)
         stream.known_purge = start.purged_seq
         yield stream
     finally:
@@ -1740,17 +1739,17 @@ def text_bytes(task: Row) -> int:
 def insist_on_room(storage_bytes: int, size: int) -> None:
     """Errors: 413 storage_full, if `size` more bytes are too many."""
     if size > 0 and storage_bytes > settings.max_storage_mib * MIB:
-        message = f"Your tasks and attachments may have {settings.max_storage_mib} MiB."
+        message = f"Your tasks and attachments may take {settings.max_storage_mib} MiB."
         raise ApiError(413, "storage_full", message)
 
 
 class Change:
-    """A transaction that changes a user's tasks, at the seq that it took."""
+    """A transaction that changes one task of a user, at the seq that it took."""
 
-    def __init__(self, db: Transaction, user: Caller, counted: int) -> None:
+    def __init__(self, db: Transaction, user: Caller, counted_bytes: int) -> None:
         self.db = db
         self.user = user
-        self.counted = counted  # Bytes that the user's storage has grown by already.
+        self.counted_bytes = counted_bytes  # Bytes that the user's storage has grown by already.
         self.moment = now()
         self.written: list[TaskPublic] = []
 
@@ -1777,12 +1776,13 @@ class Change:
     async def create(self, values: Row) -> TaskPublic:
         """A new task. Errors: 413; Replayed, with the task that its idempotency_key made before."""
         key = values.get("idempotency_key")
-        rows = await self.db.fetch(FIND_BY_KEY, user_id=self.user.id, key=key) if key else []
-        if rows:
-            raise Replayed(TASK.validate_python(rows[0]))
+        if key:
+            rows = await self.db.fetch(FIND_BY_KEY, user_id=self.user.id, key=key)
+            if rows:
+                raise Replayed(TASK.validate_python(rows[0]))
         columns = {"owner_id": self.user.id, "attachments": 0, "created_at": self.moment, **values}
         self.derive(columns)
-        await self.grow(columns["text_bytes"] - self.counted)
+        await self.grow(columns["text_bytes"] - self.counted_bytes)
         return self.note(await self.db.insert("tasks", **columns))
 
     async def update(self, task: TaskPublic, values: Row) -> TaskPublic:
@@ -1831,11 +1831,10 @@ async def changing(user: Caller, size: int = 0) -> AsyncIterator[Change]:
 
     `size` is how many bytes it adds to their storage, as far as known. Errors: 401; 413
     """
-    this = {"user_id": user.id, "session_id": user.session_id, "size": size}
     async with database.transaction() as db:
-        if database.engine == "postgresql":  # It would see the sessions of before it waited.
+        if database.engine == "postgresql":  # Else TAKE_SEQ sees the sessions of before its wait.
             await db.fetch(LOCK_USER, id=user.id)
-        rows = await db.fetch(TAKE_SEQ, **this)
+        rows = await db.fetch(TAKE_SEQ, user_id=user.id, session_id=user.session_id, size=size)
         if not rows:
             raise unauthorized("session_ended", "Your session has ended meanwhile: log in.")
         insist_on_room(rows[0]["storage_bytes"], size)
@@ -1844,7 +1843,7 @@ async def changing(user: Caller, size: int = 0) -> AsyncIterator[Change]:
         change = Change(db, user, size)
         yield change
     for task in change.written:
-        tell_webhook(live_event(task).text)
+        tell_webhook(task)
     await broadcaster.announce(user.id, user.seq)
 
 
@@ -1863,7 +1862,7 @@ PURGE_TASKS = "DELETE FROM tasks WHERE owner_id = :user_id AND deleted_at <= :un
 
 async def purge(db: Transaction, user_id: int, until: datetime) -> tuple[int, int]:
     """Delete a user's trash up to a moment for good. Returns their seq, and how many tasks went."""
-    await db.fetch(LOCK_USER, id=user_id)  # First: its sums would be of before it waited.
+    await db.fetch(LOCK_USER, id=user_id)  # Else PURGE_USER sums what was there before its wait.
     users = await db.fetch(PURGE_USER, user_id=user_id, until=until)
     purged = await db.fetch(PURGE_TASKS, user_id=user_id, until=until)
     return (users[0]["seq"] if users else 0), len(purged)
@@ -1872,10 +1871,10 @@ async def purge(db: Transaction, user_id: int, until: datetime) -> tuple[int, in
 webhook_calls: set[asyncio.Task[None]] = set()
 
 
-def tell_webhook(text: str) -> None:
+def tell_webhook(task: TaskPublic) -> None:
     """Post a change to WEBHOOK_URL, if there is one, never in the way of what caused it."""
     if settings.webhook_url and len(webhook_calls) < MAX_WEBHOOKS_WAITING:
-        call = asyncio.create_task(call_webhook(text))
+        call = asyncio.create_task(call_webhook(live_event(task).text))
         webhook_calls.add(call)
         call.add_done_callback(webhook_calls.discard)
 
@@ -1903,9 +1902,9 @@ async def call_webhook(text: str) -> None:
 
 
 # ── 10 Application ──────────────────────────────────────────────────────────────────────────────
-# Around everything lies one ASGI layer of ours: FastAPI's handlers run inside its middleware and
-# never see each other's failures: only the outermost layer can put an id on every answer, and
-# turn whatever goes wrong into the envelope.
+# Around everything lies one ASGI layer of ours. FastAPI's handlers run inside its middleware, so
+# only the outermost layer can put an id on every answer, and turn whatever goes wrong into the
+# envelope.
 
 CLEANUP_SECONDS = 3600.0
 USES_SECONDS = 60.0
@@ -1996,13 +1995,13 @@ async def clean_up() -> None:
 
 
 async def every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Do it again and again; after a failure the next turn tries anew."""
+    """Do it now, and again and again; after a failure the next turn tries anew."""
     while True:
-        await asyncio.sleep(seconds)
         try:
             await work()
         except Exception as error:
             log.error("%s failed: %r", work.__name__, error)
+        await asyncio.sleep(seconds)
 
 
 @asynccontextmanager
@@ -2010,7 +2009,6 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     """Start: logging, database, chores. Stop: end the chores, finish the writes."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(settings.log_level.upper())
-    cached_pages.clear()  # Of section 11: another database, in a test.
     async with opened_database(), asyncio.TaskGroup() as group:
         chores = [
             group.create_task(every(LOOK_SECONDS, broadcaster.look)),
@@ -2018,11 +2016,12 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
             group.create_task(every(CLEANUP_SECONDS, clean_up)),
         ]
         if settings.redis_url:
-            chores.append(group.create_task(redis.listen()))
+            chores.append(group.create_task(every(REDIS_PAUSE_SECONDS, redis.listen)))
         yield
         for task in (*chores, *webhook_calls):
             task.cancel()
-        await write_down_uses()
+        with suppress(*database.failures):
+            await write_down_uses()
 
 
 class Conversation:
@@ -2144,7 +2143,7 @@ def method_not_allowed(request: Request) -> ApiError:
     methods = set()
     for route in iter_route_contexts(app.routes):
         if route.path_regex.match(path):
-            methods |= route.methods or set()
+            methods |= route.methods or {"GET"}  # Files have none.
     if "GET" in methods:
         methods.add("HEAD")
     allow = ", ".join(sorted(methods))
@@ -2625,6 +2624,7 @@ FILE_KINDS = {  # Extension: media type, and a pattern of how the content begins
     "xlsx": (f"{OFFICE}.spreadsheetml.sheet", OFFICE_BEGINS),
     "zip": ("application/zip", rb"PK(\x03\x04|\x05\x06)"),
 }
+NOTHING = b"(?!)"  # A pattern that matches nothing.
 MAX_ATTACHMENTS = 100
 FILE = {"file": {"type": "string", "format": "binary"}}
 FORM_SCHEMA = {"type": "object", "required": ["file"], "properties": FILE}
@@ -2661,11 +2661,11 @@ async def uploaded_file(request: Request) -> Row:
         name = str(email.header.make_header(email.header.decode_header(name)))
     name = re.split(r"[/\\]", name)[-1]  # Ref: RFC 7578 §4.2
     name = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "_", name)[-200:]
-    media_type, begins = FILE_KINDS.get(name.rpartition(".")[2].lower(), ("", b"$."))
+    media_type, begins = FILE_KINDS.get(name.rpartition(".")[2].lower(), ("", NOTHING))
     if len(content) > max_bytes:
         raise ApiError(413, "body_too_large", f"A file has at most {max_bytes // MIB} MiB.")
     if not re.match(begins, content):
-        raise ApiError(415, "unsupported_file_type", f"Kept are true {', '.join(FILE_KINDS)}.")
+        raise ApiError(415, "unsupported_file_type", f"Send a true {', '.join(FILE_KINDS)}.")
     file = {"filename": name, "content_type": media_type, "content": content}
     return file | {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -2745,7 +2745,7 @@ FIND_USER = f"SELECT {USER_COLUMNS}, password_hash FROM users WHERE username_key
 async def verify_password(exchange: Exchange, name: str, password: str) -> Row | None:
     """The user of that name and password; an unknown name costs the same time. Errors: 429."""
     key = username_key(name)
-    await count(exchange, "account", key, cost=0)
+    await count(exchange, "account", key, counts=False)
     user = await database.lookup(FIND_USER, username_key=key)
     if await password_matches(password, user["password_hash"] if user else UNKNOWN_USER_HASH):
         return user
@@ -2905,7 +2905,7 @@ async def log_out(request: Request, exchange: CurrentExchange) -> None:
     header = request.headers.get("authorization", "")
     try:
         user = await logged_in_user(await counted_caller(exchange, "write", header))
-        await end_own_session(user, user.session_id, "session", "IS NULL")
+        await end_own_session(user, user.session_id, "session")
     except ApiError:
         token = ""
         with suppress(pydantic.ValidationError):
@@ -2937,17 +2937,22 @@ async def list_sessions(user: LoggedInUser) -> Collection[SessionListed]:
     return Collection(data=await user.read(LIST_SESSIONS, session_id=user.session_id))
 
 
-async def end_own_session(user: Caller, session_id: int, kind: str, scope: str) -> None:
-    """End a login (whose scope IS NULL) or an API token of the caller. Errors: 404."""
-    sql = f"DELETE FROM sessions WHERE id = :id AND user_id = :user AND scope {scope} RETURNING id"
+END_OWN_SESSION = """
+DELETE FROM sessions
+WHERE id = :id AND user_id = :user_id AND (scope IS NOT NULL) = :is_token RETURNING id"""
+
+
+async def end_own_session(user: Caller, session_id: int, kind: str) -> None:
+    """End a "session", which is a login, or an "api_token" of the caller. Errors: 404."""
+    values = {"id": session_id, "user_id": user.id, "is_token": kind == "api_token"}
     async with database.transaction() as db:
-        only(await db.fetch(sql, id=session_id, user=user.id), kind, session_id)
+        only(await db.fetch(END_OWN_SESSION, **values), kind, session_id)
 
 
 @auth.delete("/sessions/{session_id}", status_code=204)
 async def end_session(session_id: Id, user: LoggedInUser) -> None:
     """End one login. Errors: 404 absent or not yours."""
-    await end_own_session(user, session_id, "session", "IS NULL")
+    await end_own_session(user, session_id, "session")
 
 
 MAX_API_TOKENS = 100
@@ -2957,7 +2962,7 @@ SELECT id, name, scope, created_at, nullif(last_used_at, created_at) AS last_use
 FROM sessions WHERE user_id = :user_id AND scope IS NOT NULL AND expires_at > :now ORDER BY id"""
 
 
-async def add_api_token(user_id: int, body: ApiTokenCreate, session: int = 0) -> ApiTokenCreated:
+async def add_api_token(user_id: int, body: ApiTokenCreate, session_id: int = 0) -> ApiTokenCreated:
     """A token that its owner sees once; here only its hash stays.
 
     Errors: 401, if it came by a session that has ended meanwhile; 409 too_many_tokens
@@ -2969,7 +2974,8 @@ async def add_api_token(user_id: int, body: ApiTokenCreate, session: int = 0) ->
     columns |= {"created_at": moment, "last_used_at": moment}
     async with database.transaction() as db:
         await db.fetch(LOCK_USER, id=user_id)
-        if session and not await db.fetch("SELECT id FROM sessions WHERE id = :id", id=session):
+        living = await db.fetch("SELECT id FROM sessions WHERE id = :id", id=session_id)
+        if session_id and not living:
             raise unauthorized("session_ended", "Your session has ended meanwhile: log in.")
         known = await db.fetch(LIST_API_TOKENS, user_id=user_id, never=NEVER)
         if len(known) >= MAX_API_TOKENS:
@@ -3000,7 +3006,7 @@ async def create_api_token(body: ApiTokenCreate, user: RecentUser) -> ApiTokenCr
 @auth.delete("/api_tokens/{token_id}", status_code=204)
 async def delete_api_token(token_id: Id, user: LoggedInUser) -> None:
     """End a token at once, its streams included. Errors: 404 absent or not yours."""
-    await end_own_session(user, token_id, "api_token", "IS NOT NULL")
+    await end_own_session(user, token_id, "api_token")
 
 
 account = resource(prefix=f"{API}/users/me", tags=["users"])
@@ -3168,6 +3174,7 @@ async def read_root() -> Response:
 
 
 HELLO_SECONDS = 5.0
+CLOSE_CODES = {400: 1003, 401: 4401}
 ClientId = Annotated[str, PathParameter(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 
@@ -3176,6 +3183,18 @@ class Hello(Body):
 
     token: Text
     since: Seq | None = None
+
+
+async def receive_hello(socket: WebSocket) -> Hello:
+    """The first frame. Errors: 400; 401, if it does not come in time."""
+    try:
+        async with asyncio.timeout(HELLO_SECONDS):
+            return Hello.model_validate_json(await socket.receive_text())
+    except TimeoutError:
+        raise unauthorized("not_authenticated", "no token came in time") from None
+    except (KeyError, pydantic.ValidationError):  # KeyError: a frame of bytes.
+        message = 'the first frame is text like {"token": "…", "since": 17}'
+        raise ApiError(400, "invalid_json", message) from None
 
 
 async def watch_peer(socket: WebSocket, stream: Stream) -> None:
@@ -3206,8 +3225,7 @@ async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = No
     try:
         header = socket.headers.get("authorization")
         if header is None:
-            async with asyncio.timeout(HELLO_SECONDS):
-                hello = Hello.model_validate_json(await socket.receive_text())
+            hello = await receive_hello(socket)
             header = f"Bearer {hello.token}"
             since = hello.since
         user = await counted_caller(exchange_of(socket), "read", header)
@@ -3216,12 +3234,10 @@ async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = No
             await send_events(socket, stream)
             watching.cancel()
         end = stream.end or (1000, "")
-    except TimeoutError:
-        end = (4401, "no token came in time")
-    except (KeyError, pydantic.ValidationError):
-        end = (1003, 'the first frame is text like {"token": "…", "since": 17}')
     except ApiError as error:
-        end = (4401 if error.status_code == 401 else 1013, error.detail)
+        end = (CLOSE_CODES.get(error.status_code, 1013), error.detail)
+    except database.failures:
+        end = (1013, "the database does not answer")
     await socket.close(*end)
 
 
