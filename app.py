@@ -85,7 +85,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, closing, nullcontext, suppress
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, get_args
@@ -455,7 +455,7 @@ class SQLite(Database):
             self.readers.put_nowait(reader)
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Transaction]:
+    async def transaction(self, _user_id: int = 0) -> AsyncIterator[Transaction]:
         """A durable transaction: when the block has ended it is committed, or raises."""
         group = None
         try:
@@ -488,6 +488,7 @@ class PostgreSQL(Database):
 
     def __init__(self) -> None:
         super().__init__()
+        self.write_turns: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
         self.driver: Any = importlib.import_module("asyncpg")
         # The last one is its word for a connection that a restart has cut at the wrong moment.
         names = ("PostgresError", "InterfaceError", "InternalClientError")
@@ -509,6 +510,7 @@ class PostgreSQL(Database):
             await connection.run_sync(upgrade, None)
         options |= {"command_timeout": STATEMENT_SECONDS, "statement_cache_size": 512}
         options |= {"min_size": 0, "max_size": 2 * CONNECTIONS}
+        options["server_settings"] = {"timezone": "UTC"}  # COMPLETED_PER_DAY prints a time.
         self.pool = await self.driver.create_pool(**options)
         self.connect = functools.partial(self.pool.acquire, timeout=STATEMENT_SECONDS)
 
@@ -528,9 +530,10 @@ class PostgreSQL(Database):
             return [dict(row) for row in await self.run(connection, sql, values)]
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Transaction]:
-        """A durable transaction: when the block has ended it is committed, or raises."""
-        async with self.connect() as connection, connection.transaction():
+    async def transaction(self, user_id: int = 0) -> AsyncIterator[Transaction]:
+        """The same. Whoever waits for another one of this user holds no connection."""
+        turn = self.write_turns.setdefault(user_id, asyncio.Lock()) if user_id else nullcontext()
+        async with turn, self.connect() as connection, connection.transaction():
             yield Transaction(functools.partial(self.run, connection))
 
 
@@ -1656,6 +1659,7 @@ class Stream:
 
     async def missed(self) -> list[LiveEvent]:
         """What was not sent yet, a batch at a time."""
+        told = self.newest_seq
         try:
             missed, events = await broadcaster.shared_read(self.user.id, self.cursor)
         except (ApiError, *database.failures):  # It comes back, and the cursor knows where.
@@ -1666,6 +1670,8 @@ class Stream:
             return [LiveEvent(missed.seq, "resync_required", '{"type":"resync_required"}')]
         if not events:  # A purge takes a seq and leaves no task.
             self.cursor = missed.seq
+            if self.newest_seq == told:  # Or a bell told of what was never committed here.
+                self.newest_seq = missed.seq
         return events
 
     async def events(self) -> AsyncIterator[LiveEvent]:
@@ -1831,7 +1837,7 @@ async def changing(user: Caller, size: int = 0) -> AsyncIterator[Change]:
 
     `size` is how many bytes it adds to their storage, as far as known. Errors: 401; 413
     """
-    async with database.transaction() as db:
+    async with database.transaction(user.id) as db:
         if database.engine == "postgresql":  # Else TAKE_SEQ sees the sessions of before its wait.
             await db.fetch(LOCK_USER, id=user.id)
         rows = await db.fetch(TAKE_SEQ, user_id=user.id, session_id=user.session_id, size=size)
@@ -1965,14 +1971,19 @@ async def opened_database() -> AsyncIterator[None]:
         await database.close()
 
 
+async def write_down_use(session_id: int, moment: datetime) -> None:
+    """Note when a session was last used."""
+    sql = "UPDATE sessions SET last_used_at = :moment WHERE id = :id"
+    async with database.transaction() as db:
+        await db.fetch(sql, moment=moment, id=session_id)
+
+
 async def write_down_uses() -> None:
     """Note when each session was last used: once a minute, instead of once a request."""
-    uses = sorted(last_uses.items())  # Always in this order, so that processes wait in line.
+    uses = list(last_uses.items())
     last_uses.clear()
-    async with database.transaction() as db:
-        for session_id, moment in uses:
-            sql = "UPDATE sessions SET last_used_at = :moment WHERE id = :id"
-            await db.fetch(sql, moment=moment, id=session_id)
+    # One transaction each, because two that lock several rows may wait for each other.
+    await asyncio.gather(*[write_down_use(*use) for use in uses])
 
 
 async def clean_up() -> None:
@@ -1987,7 +1998,7 @@ async def clean_up() -> None:
     sql = "SELECT DISTINCT owner_id FROM tasks WHERE deleted_at <= :until"
     purged = 0
     for owner in await database.read(0, sql, until=oldest):
-        async with database.transaction() as db:
+        async with database.transaction(owner["owner_id"]) as db:
             seq, tasks = await purge(db, owner["owner_id"], oldest)
         await broadcaster.announce(owner["owner_id"], seq)
         purged += tasks
@@ -2039,7 +2050,7 @@ class Conversation:
         if self.method == "HEAD":
             self.scope["method"] = "GET"
         if scope["path"].endswith("/") and scope["path"].rstrip("/") != settings.root_path:
-            self.scope["path"] = scope["path"][:-1]
+            self.scope["path"] = scope["path"][:-1] or "/"
         self.status = 0
         self.newline = b""
 
@@ -2188,7 +2199,7 @@ async def on_validation_error(request: Request, error: Any) -> Response:
 
 async def on_database_failure(request: Request, error: Exception) -> Response:
     """The database did not answer, or its disk is full: one line in the log."""
-    log.error("%s the database failed: %s", exchange_of(request).request_id, error)
+    log.error("%s the database failed: %r", exchange_of(request).request_id, error)
     message = "The database does not answer. Try again."
     return await on_http_exception(request, try_later("database_unavailable", message))
 
@@ -2411,7 +2422,7 @@ async def list_tasks(user: CurrentUser, request: Request) -> Response:
         link = user.exchange.headers["Link"]
         if len(cached_pages) >= MAX_CACHED_PAGES:
             cached_pages.clear()
-        if timeless and len(body) <= MAX_CACHED_BYTES:
+        if timeless and len(body) + len(link) <= MAX_CACHED_BYTES:  # A link repeats the query.
             cached_pages[key] = (user.seq, body, link)
     user.answer_with(Link=link)
     return Response(body, media_type=JSON_TYPE)
@@ -2571,9 +2582,9 @@ SELECT status, priority, count(*) AS total,
     count(CASE WHEN NOT completed AND due_date < :now THEN 1 END) AS overdue,
     count(CASE WHEN NOT completed AND due_date BETWEEN :now AND :soon THEN 1 END) AS due_in_7_days
 FROM tasks WHERE owner_id = :user_id AND deleted_at IS NULL GROUP BY status, priority"""
-COMPLETED_SINCE = """
-SELECT completed_at FROM tasks
-WHERE owner_id = :user_id AND deleted_at IS NULL AND completed_at >= :since"""
+COMPLETED_PER_DAY = """
+SELECT substr(CAST(completed_at AS VARCHAR), 1, 10) AS day, count(*) AS total FROM tasks
+WHERE owner_id = :user_id AND deleted_at IS NULL AND completed_at >= :since GROUP BY day"""
 
 
 @tasks.get("/statistics")
@@ -2585,8 +2596,8 @@ async def read_statistics(user: CurrentUser) -> Statistics:
     for group in await user.read(COUNT_TASKS, soon=moment + timedelta(days=7)):
         counts.update({name: group[name] for name in ("total", "overdue", "due_in_7_days")})
         counts.update({group["status"]: group["total"], group["priority"]: group["total"]})
-    rows = await user.read(COMPLETED_SINCE, since=first_day)
-    completed = Counter(str(row["completed_at"])[:10] for row in rows)
+    rows = await user.read(COMPLETED_PER_DAY, since=first_day)
+    completed = Counter({row["day"]: row["total"] for row in rows})
     days = [str((first_day + timedelta(days=passed)).date()) for passed in range(30)]
     return Statistics(
         total=counts["total"],
@@ -2602,7 +2613,7 @@ async def read_statistics(user: CurrentUser) -> Statistics:
 @tasks.delete("/trash", status_code=204)
 async def empty_trash(user: CurrentUser) -> None:
     """Delete the caller's trash for good, now, all of it."""
-    async with database.transaction() as db:
+    async with database.transaction(user.id) as db:
         seq, _ = await purge(db, user.id, NEVER)
     await broadcaster.announce(user.id, seq)
 

@@ -78,8 +78,7 @@ ROOT = "/../.."
 KEPT = "(PATH|SYSTEMROOT|TEMP|COVERAGE.*)$"
 """What a process of its own keeps of the environment."""
 SERVICES: dict[str, str] = {}
-"""What every process of its own is told; .ci/on_postgresql.py, which runs all this on PostgreSQL
-and Redis too, fills it."""
+"""What every process of its own is told; .ci/on_postgresql.py fills it, for a second run."""
 SQLITE = app.database.engine == "sqlite"
 sqlite_only = pytest.mark.skipif(not SQLITE, reason="about SQLite's file, or its shared commits")
 postgresql_only = pytest.mark.skipif(SQLITE, reason="about PostgreSQL: see .ci/on_postgresql.py")
@@ -603,6 +602,14 @@ def test_a_wrong_value_stops_the_start_with_one_line_that_names_it(env_file, set
         app.load_settings()
     assert re.fullmatch(rf"{name}: .+", str(stop.value))
     assert "77" not in str(stop.value)
+
+
+@pytest.mark.parametrize(("name", "module"), [("DATABASE", "asyncpg"), ("REDIS", "redis")])
+def test_a_driver_that_is_not_installed_stops_the_start(env_file, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    env_file.write_text(f"{name}_URL={name.lower().replace('database', 'postgres')}://host/0")
+    with pytest.raises(SystemExit, match=f"^{name}_URL: .* deploy/requirements.txt$"):
+        app.load_settings()
 
 
 @pytest.mark.parametrize("setting", REFUSED_VALUES.split())
@@ -1745,6 +1752,19 @@ ENDINGS: dict[str, tuple[str, Callable[[Person], Any]]] = {
     "deleted": ("login script", lambda alice: alice.delete("/users/me")),
     "disabled": ("login script", lambda it: it.server.sql("UPDATE users SET is_active = FALSE")),
 }
+
+
+def test_a_bell_that_tells_of_what_never_came_wakes_a_stream_and_lets_it_sleep_again(server, alice):
+    async def ring() -> None:
+        for seq in range(1000, 1100):
+            app.broadcaster.ring(alice.user["id"], seq)
+            await asyncio.sleep(0)
+
+    with alice.socket() as live:
+        [stream] = app.broadcaster.everybody()
+        server.run(ring())
+        eventually(lambda: stream.newest_seq == stream.cursor == 0)
+        assert alice.create() == live.frame()["task"]
 
 
 def test_a_stream_outlives_a_read_that_fails(server, alice, monkeypatch):
