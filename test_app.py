@@ -1658,13 +1658,13 @@ def test_processes_share_bells_client_ids_and_counts(start, clock, program):
 @redis_only
 def test_while_redis_does_not_answer_all_goes_on_and_it_comes_back(start, caplog):
     def subscriptions() -> int:
-        return app.redis.client.info("commandstats")["cmdstat_subscribe"]["calls"]
+        return redis.info("commandstats")["cmdstat_subscribe"]["calls"]
 
     app.REDIS_SECONDS = 0.1
     app.settings.rate_limits = "on"
     alice = start().person("alice").register()
-    with alice.socket() as live:
-        app.redis.client.execute_command("CLIENT PAUSE", 3000)
+    with alice.socket() as live, app.redis.client.from_url(SERVICES["REDIS_URL"]) as redis:
+        redis.execute_command("CLIENT PAUSE", 3000)
         began = time.monotonic()
         assert alice.create() == live.frame()["task"]
         assert window_of(alice.get("/tasks")) == (600, 599)
