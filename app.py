@@ -401,7 +401,7 @@ class SQLite(Database):
         with engine.begin() as connection:
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
             connection.exec_driver_sql("BEGIN IMMEDIATE")  # One process upgrades, the others wait.
-            upgrade(connection, self.path)
+            upgrade(connection, self.keep_copy)
         self.inode = self.path.stat().st_ino
         connect_reader = functools.partial(self.connect, query_only="ON")
         self.quick_reader = connect_reader()
@@ -424,6 +424,12 @@ class SQLite(Database):
             connection.execute(f"PRAGMA {pragma}")
         connection.execute(f"PRAGMA query_only={query_only}")
         return connection
+
+    def keep_copy(self) -> None:
+        """Copy the database as it is before an upgrade. Errors: OSError, sqlite3.Error."""
+        copy = self.path.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db")
+        copy_database(self.path, copy)
+        print(f"  Upgrade    the database as it was is kept in {copy}", flush=True)
 
     async def close(self) -> None:
         """Close every connection; the writer last, which then takes the WAL into the file."""
@@ -507,7 +513,7 @@ class PostgreSQL(Database):
         )
         async with engine.begin() as connection:
             await connection.exec_driver_sql("SELECT pg_advisory_xact_lock(1)")
-            await connection.run_sync(upgrade, None)
+            await connection.run_sync(upgrade, lambda: None)  # A copy is pg_dump's work.
         options |= {"command_timeout": STATEMENT_SECONDS, "statement_cache_size": 512}
         options |= {"min_size": 0, "max_size": 2 * CONNECTIONS}
         options["server_settings"] = {"timezone": "UTC"}  # COMPLETED_PER_DAY prints a time.
@@ -559,7 +565,7 @@ def is_ours(_item: Any, _name: Any, _kind: str, reflected: bool, compared_to: An
     return not reflected or compared_to is not None
 
 
-def add_what_is_missing(connection: sa.Connection, path: Path | None) -> None:
+def add_what_is_missing(connection: sa.Connection, keep_copy: Callable[[], None]) -> None:
     """Add tables, nullable or defaulted columns and indexes. Errors: SystemExit."""
     from alembic.autogenerate import produce_migrations
     from alembic.migration import MigrationContext
@@ -573,16 +579,13 @@ def add_what_is_missing(connection: sa.Connection, path: Path | None) -> None:
         optional = column is not None and (column.nullable or column.server_default is not None)
         if not optional and not isinstance(step, ops.CreateTableOp | ops.CreateIndexOp):
             raise SystemExit(f"No upgrade in place makes this database fit: {step.to_diff_tuple()}")
-    if path:
-        copy = path.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db")
-        copy_database(path, copy)
-        print(f"  Upgrade    the database as it was is kept in {copy}", flush=True)
+    keep_copy()
     for step in steps:
         Operations(context).invoke(step)
 
 
-def upgrade(connection: sa.Connection, path: Path | None) -> None:
-    """Create the tables, or add what they lack, after a copy of what is at this path.
+def upgrade(connection: sa.Connection, keep_copy: Callable[[], None]) -> None:
+    """Create the tables, or keep a copy and add what they lack.
 
     Errors: SystemExit, for a database that is newer, or needs more than additions
     """
@@ -593,7 +596,7 @@ def upgrade(connection: sa.Connection, path: Path | None) -> None:
     elif version > SCHEMA_VERSION:
         raise SystemExit(f"The database is of version {version}, newer than this program.")
     elif version < SCHEMA_VERSION:
-        add_what_is_missing(connection, path)
+        add_what_is_missing(connection, keep_copy)
     sql = f"INSERT INTO schema_version (version) VALUES ({SCHEMA_VERSION}) ON CONFLICT DO NOTHING"
     connection.exec_driver_sql(sql)
 

@@ -17,12 +17,11 @@ Ends with 0; 1 if it could not do it, and then the database is as it was; 130 af
 """
 
 import argparse
-import io
 import os
 import shutil
 import sqlite3
 import sys
-from contextlib import closing, redirect_stdout, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -105,8 +104,8 @@ def upgrade(copy: Path, file: Path) -> None:
     database.path = copy
     engine = sa.create_engine("sqlite://", creator=database.connect, poolclass=sa.NullPool)
     try:
-        with engine.begin() as connection, redirect_stdout(io.StringIO()):
-            app.upgrade(connection, copy)  # It tells of a copy, which is not needed: there is FILE.
+        with engine.begin() as connection:
+            app.upgrade(connection, lambda: None)  # No other copy is needed: there is FILE.
     except SystemExit as refusal:
         raise SystemExit(f"{file}: {refusal}") from None
 
