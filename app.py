@@ -214,13 +214,13 @@ def load_settings() -> Settings:
         raise SystemExit(".env: must be text in UTF-8") from None
     except pydantic.ValidationError as error:
         raise SystemExit(first_problem(error)) from None
-    for setting, module in (("database_url", "asyncpg"), ("redis_url", "redis")):
-        if getattr(loaded, setting) and importlib.util.find_spec(module) is None:
-            raise SystemExit(f"{setting.upper()}: needs pip install -r deploy/requirements.txt")
     if loaded.database_url and not loaded.secret_key:
         raise SystemExit("SECRET_KEY: must be set, because DATABASE_URL is")
     if loaded.webhook_url and not loaded.webhook_secret:
         raise SystemExit("WEBHOOK_SECRET: must be set, because WEBHOOK_URL is")
+    for setting, module in (("database_url", "asyncpg"), ("redis_url", "redis")):
+        if getattr(loaded, setting) and importlib.util.find_spec(module) is None:
+            raise SystemExit(f"{setting.upper()}: needs pip install -r deploy/requirements.txt")
     for name in names:
         if name.lower() not in Settings.model_fields:
             print(f".env: {name} is no setting of Onefile Tasks", file=sys.stderr)

@@ -607,7 +607,7 @@ def test_a_wrong_value_stops_the_start_with_one_line_that_names_it(env_file, set
 @pytest.mark.parametrize(("name", "module"), [("DATABASE", "asyncpg"), ("REDIS", "redis")])
 def test_a_driver_that_is_not_installed_stops_the_start(env_file, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
-    env_file.write_text(f"{name}_URL={name.lower().replace('database', 'postgres')}://host/0")
+    env_file.write_text(f"SECRET_KEY=x\n{name}_URL={module.replace('asyncpg', 'postgres')}://h/0")
     with pytest.raises(SystemExit, match=f"^{name}_URL: .* deploy/requirements.txt$"):
         app.load_settings()
 
