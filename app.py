@@ -1919,6 +1919,7 @@ CLEANUP_SECONDS = 3600.0
 USES_SECONDS = 60.0
 MAX_SOCKET_BYTES = 64 * 1024
 JSON_TYPE = "application/json"
+LOG_TIME = "%Y-%m-%d %H:%M:%S"
 KNOWN_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "WEBSOCKET")
 POLICY = "default-src 'none'; frame-ancestors 'none'"
 DOCS_POLICY = """default-src 'self'; script-src 'self' 'unsafe-inline'; img-src 'self' data:;
@@ -2021,7 +2022,7 @@ async def every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -
 @asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     """Start: logging, database, chores. Stop: end the chores, finish the writes."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt=LOG_TIME)
     log.setLevel(settings.log_level.upper())
     async with opened_database(), asyncio.TaskGroup() as group:
         chores = [
@@ -2123,7 +2124,10 @@ class Conversation:
         user = f"user {self.exchange.user_id}" if self.exchange.user_id else "anonymous"
         if log.isEnabledFor(logging.INFO):
             what = f"{method} {quote(self.scope['path'])} {self.status} {seconds * 1000:.1f} ms"
-            log.info("%s %s %s", self.exchange.request_id, what, user)
+            line = f"{time.strftime(LOG_TIME)} INFO {self.exchange.request_id} {what} {user}\n"
+            # To hand it to logging would take a tenth of a short request's time.
+            with suppress(OSError, ValueError):
+                sys.stderr.write(line)
 
 
 class Gateway:
