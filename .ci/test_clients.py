@@ -51,6 +51,7 @@ NOT_MEANT = (
     "negative_data_rejection",  # POST /auth/logout takes any body, on purpose.
     "ensure_resource_availability",  # An Idempotency-Key may name a task in the trash.
     "ignored_auth",  # Our hook sends a token that works.
+    "use_after_free",  # What was deleted may have been restored since.
 )
 
 
