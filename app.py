@@ -124,7 +124,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect, WebSocketDisconnected
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from uvicorn.supervisors import ChangeReload
 
 VERSION = "2.0.0"
 API = "/api/v1"
@@ -3291,6 +3290,8 @@ def serve(reload: bool) -> None:
     server = uvicorn.Server(config)
     with suppress(KeyboardInterrupt):
         if reload:
+            from uvicorn.supervisors import ChangeReload
+
             ChangeReload(config, target=server.run, sockets=[listener]).run()
         else:
             server.run(sockets=[listener])
