@@ -158,6 +158,7 @@ def networks(text: str) -> list[str]:
 RATE = r"^[1-9]\d{0,8} ?/ ?\d{0,4} ?(second|minute|hour|day|month|year)s?$"
 RateLimit = Annotated[str, StringConstraints(pattern=RATE), AfterValidator(limits.parse)]
 ORIGIN = r"(\*|https?://[a-z0-9.-]+(:[0-9]+)?)"
+REDIS = r"^(rediss?://([^/@]*@)?(\[[^/@]+\]|[^/:@?]+)(:\d{1,5})?(/\d*)?(\?.+)?)?$"
 WEBHOOK_KEY = r"^(whsec_([A-Za-z0-9+/]{4}){8,21}([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?)?$"
 
 
@@ -170,7 +171,7 @@ class Settings(BaseSettings):
     root_path: str = pydantic.Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
     data_dir: Path = Path("data")
     database_url: str = pydantic.Field(default="", pattern=r"^(postgres(ql)?(\+\w+)?://.+)?$")
-    redis_url: str = pydantic.Field(default="", pattern=r"^(rediss?://.+)?$")
+    redis_url: str = pydantic.Field(default="", pattern=REDIS)
     secret_key: str = ""
     admin_username: str = "admin"
     admin_password: str = ""

@@ -547,7 +547,7 @@ def rate_limits(configure: Callable[..., None]) -> Callable[..., None]:
 
 WEBHOOK_SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 WRONG_VALUES = """
-SECRET_KEY= DATABASE_URL=mysql://me:pass77@db/tasks REDIS_URL=me:pass77@localhost
+SECRET_KEY= DATABASE_URL=mysql://me:pass77@db/tasks REDIS_URL=me:pass77@db REDIS_URL=redis://:pass77/@db
 PORT=eighty PORT=-1 PORT=65536 ROOT_PATH=todo ROOT_PATH=/todo/ REGISTRATION=perhaps TRASH_DAYS=-1
 ACCESS_TOKEN_MINUTES=0 ACCESS_TOKEN_MINUTES=quarter REFRESH_TOKEN_DAYS=181 RATE_LIMITS=maybe
 RATE_LIMIT_LOGIN=often RATE_LIMIT_LOGIN=0/minute RATE_LIMIT_READ=5/minute;9/hour MAX_BODY_KIB=0
