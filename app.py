@@ -537,9 +537,14 @@ class PostgreSQL(Database):
 
     @asynccontextmanager
     async def transaction(self, user_id: int = 0) -> AsyncIterator[Transaction]:
-        """The same. Whoever waits for another one of this user holds no connection."""
+        """The same. Of this user's it is the only one: it locks their row, in every process.
+
+        Whoever waits for another one here holds no connection.
+        """
         turn = self.write_turns.setdefault(user_id, asyncio.Lock()) if user_id else nullcontext()
         async with turn, self.connect() as connection, connection.transaction():
+            if user_id:  # A statement that waits for a row sees the others as before its wait.
+                await connection.fetch("SELECT FROM users WHERE id = $1 FOR NO KEY UPDATE", user_id)
             yield Transaction(functools.partial(self.run, connection))
 
 
@@ -1826,7 +1831,6 @@ class Change:
             insist_on_room(rows[0]["storage_bytes"], size)
 
 
-LOCK_USER = f"UPDATE users SET seq = seq WHERE id = :id RETURNING {USER_COLUMNS}"
 TAKE_SEQ = """
 UPDATE users SET seq = seq + 1, storage_bytes = storage_bytes + :size
 WHERE id = :user_id AND is_active AND EXISTS (
@@ -1841,8 +1845,6 @@ async def changing(user: Caller, size: int = 0) -> AsyncIterator[Change]:
     `size` is how many bytes it adds to their storage, as far as known. Errors: 401; 413
     """
     async with database.transaction(user.id) as db:
-        if database.engine == "postgresql":  # Else TAKE_SEQ sees the sessions of before its wait.
-            await db.fetch(LOCK_USER, id=user.id)
         rows = await db.fetch(TAKE_SEQ, user_id=user.id, session_id=user.session_id, size=size)
         if not rows:
             raise unauthorized("session_ended", "Your session has ended meanwhile: log in.")
@@ -1871,7 +1873,6 @@ PURGE_TASKS = "DELETE FROM tasks WHERE owner_id = :user_id AND deleted_at <= :un
 
 async def purge(db: Transaction, user_id: int, until: datetime) -> tuple[int, int]:
     """Delete a user's trash up to a moment for good. Returns their seq, and how many tasks went."""
-    await db.fetch(LOCK_USER, id=user_id)  # Else PURGE_USER sums what was there before its wait.
     users = await db.fetch(PURGE_USER, user_id=user_id, until=until)
     purged = await db.fetch(PURGE_TASKS, user_id=user_id, until=until)
     return (users[0]["seq"] if users else 0), len(purged)
@@ -2990,8 +2991,7 @@ async def add_api_token(user_id: int, body: ApiTokenCreate, session_id: int = 0)
     columns = {**body.model_dump(), "user_id": user_id, "address": "", "user_agent": ""}
     columns |= {"token_hash": token_hash(token), "expires_at": body.expires_at or NEVER}
     columns |= {"created_at": moment, "last_used_at": moment}
-    async with database.transaction() as db:
-        await db.fetch(LOCK_USER, id=user_id)
+    async with database.transaction(user_id) as db:
         living = await db.fetch("SELECT id FROM sessions WHERE id = :id", id=session_id)
         if session_id and not living:
             raise unauthorized("session_ended", "Your session has ended meanwhile: log in.")
@@ -3033,6 +3033,7 @@ UPDATE_USER = f"""
 UPDATE users SET email = :email, role = :role, is_active = :is_active,
     password_hash = coalesce(:password_hash, password_hash)
 WHERE id = :id RETURNING {USER_COLUMNS}"""
+LOCK_USER = f"UPDATE users SET seq = seq WHERE id = :id RETURNING {USER_COLUMNS}"
 END_SESSIONS_BUT = "DELETE FROM sessions WHERE user_id = :user_id AND id <> :kept_session"
 
 
