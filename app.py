@@ -33,7 +33,6 @@ Notation
 # requires-python = ">=3.11"
 # dependencies = [
 #   "aiosqlite==0.22.1",
-#   "alembic==1.20.1",
 #   "bcrypt==5.0.0",
 #   "fastapi-offline==1.7.7",
 #   "fastapi==0.163.2",
@@ -298,7 +297,8 @@ READS_PER_USER = 2
 READ_SECONDS = 3.0
 QUICK_SECONDS = 0.001  # What needs no more of the processor than that needs no thread.
 STATEMENT_SECONDS = 10
-SCHEMA_VERSION = 1
+UPGRADES: list[str] = []
+"""What makes of version 1 of the tables version 2, then 3, …: one statement each, for ever."""
 
 sqlite3.register_adapter(datetime, lambda moment: moment.isoformat(timespec="microseconds"))
 sys.setswitchinterval(0.0005)  # Seconds that a driver's thread waits for the event loop.
@@ -322,14 +322,43 @@ class Transaction:
         return await self.fetch(f"{sql} ON CONFLICT DO NOTHING RETURNING *", **columns)
 
 
-class Database:
-    """How either database is read: by key, or within the bounds of a user."""
+def creations(engine: str) -> list[str]:
+    """The statements that create each table and index, where it is not there."""
+    dialect = sa.make_url(f"{engine}://").get_dialect()()
+    tables = SQLModel.metadata.sorted_tables
+    steps: list[Any] = [sa.schema.CreateTable(table, if_not_exists=True) for table in tables]
+    indexes = [index for table in tables for index in table.indexes]
+    steps += [sa.schema.CreateIndex(index, if_not_exists=True) for index in indexes]
+    return [str(step.compile(dialect=dialect)) for step in steps]
 
+
+class Database:
+    """What both databases share: how they are upgraded, and read by key or within bounds."""
+
+    engine: str
     # Each database has its own: all rows of one statement. A quick one is tried without a thread.
     select: Callable[[str, Row, bool], Coroutine[Any, Any, list[Row]]]
 
     def __init__(self) -> None:
         self.read_turns: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
+
+    def keep_copy(self) -> None:
+        """Keep the database as it is before an upgrade. PostgreSQL's copies are pg_dump's work."""
+
+    async def upgrade(self, db: Transaction) -> None:
+        """Run the UPGRADES that the tables lack, or create them. Errors: SystemExit, if newer."""
+        await db.fetch("CREATE TABLE IF NOT EXISTS schema_version (version BIGINT PRIMARY KEY)")
+        rows = await db.fetch("SELECT max(version) AS version FROM schema_version")
+        newest = 1 + len(UPGRADES)
+        version = rows[0]["version"] or newest
+        if version > newest:
+            raise SystemExit(f"the database is of version {version}, newer than this program")
+        if version < newest:
+            self.keep_copy()
+        for sql in UPGRADES[version - 1 :] + creations(self.engine):
+            await db.fetch(sql)
+        sql = "INSERT INTO schema_version (version) VALUES (:newest) ON CONFLICT DO NOTHING"
+        await db.fetch(sql, newest=newest)
 
     async def lookup(self, sql: str, **values: Any) -> Row | None:
         """One row by key, which is quick whoever asks."""
@@ -397,11 +426,11 @@ class SQLite(Database):
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path.touch(0o600)
         self.place = str(self.path.resolve())
-        engine = sa.create_engine("sqlite://", creator=self.connect, poolclass=sa.NullPool)
-        with engine.begin() as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-            connection.exec_driver_sql("BEGIN IMMEDIATE")  # One process upgrades, the others wait.
-            upgrade(connection, self.keep_copy)
+        async with aiosqlite.Connection(self.connect, 64) as connection:
+            await connection.execute("PRAGMA journal_mode=WAL")
+            await connection.execute("BEGIN IMMEDIATE")  # One process upgrades, the others wait.
+            await self.upgrade(Transaction(connection.execute_fetchall))
+            await connection.commit()
         self.inode = self.path.stat().st_ino
         connect_reader = functools.partial(self.connect, query_only="ON")
         self.quick_reader = connect_reader()
@@ -428,7 +457,9 @@ class SQLite(Database):
     def keep_copy(self) -> None:
         """Copy the database as it is before an upgrade. Errors: OSError, sqlite3.Error."""
         copy = self.path.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db")
-        copy_database(self.path, copy)
+        copy.touch(0o600)
+        with closing(self.connect()) as connection:
+            connection.execute("VACUUM INTO ?", [str(copy)])
         print(f"  Upgrade    the database as it was is kept in {copy}", flush=True)
 
     async def close(self) -> None:
@@ -504,19 +535,14 @@ class PostgreSQL(Database):
 
     async def open(self) -> None:
         """Connect; one process upgrades, the others wait. Errors: `failures`; SystemExit."""
-        from sqlalchemy.ext.asyncio import create_async_engine
-
-        options = {"dsn": self.url, "timeout": STATEMENT_SECONDS}
-        connect = functools.partial(self.driver.connect, **options)
-        engine = create_async_engine(
-            "postgresql+asyncpg://", async_creator=connect, poolclass=sa.NullPool
-        )
-        async with engine.begin() as connection:
-            await connection.exec_driver_sql("SELECT pg_advisory_xact_lock(1)")
-            await connection.run_sync(upgrade, lambda: None)  # A copy is pg_dump's work.
-        options |= {"command_timeout": STATEMENT_SECONDS, "statement_cache_size": 512}
-        options |= {"min_size": 0, "max_size": 2 * CONNECTIONS}
+        options = {"dsn": self.url, "timeout": STATEMENT_SECONDS, "min_size": 0}
+        options["max_size"] = 2 * CONNECTIONS
         options["server_settings"] = {"timezone": "UTC"}  # COMPLETED_PER_DAY prints a time.
+        async with self.driver.create_pool(**options) as pool, pool.acquire() as connection:
+            async with connection.transaction():
+                await connection.fetch("SELECT pg_advisory_xact_lock(1)")
+                await self.upgrade(Transaction(functools.partial(self.run, connection)))
+        options |= {"command_timeout": STATEMENT_SECONDS, "statement_cache_size": 512}
         self.pool = await self.driver.create_pool(**options)
         self.connect = functools.partial(self.pool.acquire, timeout=STATEMENT_SECONDS)
 
@@ -548,63 +574,7 @@ class PostgreSQL(Database):
             yield Transaction(functools.partial(self.run, connection))
 
 
-def copy_database(source: Path, target: Path) -> None:
-    """Everything of a SQLite file at one moment, beside other work, as one new file of mode 0600.
-
-    Errors: OSError, sqlite3.Error; then there is no such file.
-    """
-    target.touch(0o600, exist_ok=False)
-    try:
-        with closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)) as db:
-            db.execute("VACUUM INTO ?", [str(target)])
-    except BaseException:
-        target.unlink()
-        raise
-
-
 database = PostgreSQL() if settings.database_url else SQLite()
-
-
-def is_ours(_item: Any, _name: Any, _kind: str, reflected: bool, compared_to: Any) -> bool:
-    """What Alembic compares: not what only the database has. Litestream keeps tables there."""
-    return not reflected or compared_to is not None
-
-
-def add_what_is_missing(connection: sa.Connection, keep_copy: Callable[[], None]) -> None:
-    """Add tables, nullable or defaulted columns and indexes. Errors: SystemExit."""
-    from alembic.autogenerate import produce_migrations
-    from alembic.migration import MigrationContext
-    from alembic.operations import Operations, ops
-
-    context = MigrationContext.configure(connection, opts={"include_object": is_ours})
-    found: Any = produce_migrations(context, SQLModel.metadata).upgrade_ops
-    steps = [step for table in found.ops for step in getattr(table, "ops", [table])]
-    for step in steps:
-        column = getattr(step, "column", None)
-        optional = column is not None and (column.nullable or column.server_default is not None)
-        if not optional and not isinstance(step, ops.CreateTableOp | ops.CreateIndexOp):
-            raise SystemExit(f"No upgrade in place makes this database fit: {step.to_diff_tuple()}")
-    keep_copy()
-    for step in steps:
-        Operations(context).invoke(step)
-
-
-def upgrade(connection: sa.Connection, keep_copy: Callable[[], None]) -> None:
-    """Create the tables, or keep a copy and add what they lack.
-
-    Errors: SystemExit, for a database that is newer, or needs more than additions
-    """
-    SQLModel.metadata.tables["schema_version"].create(connection, checkfirst=True)
-    version = connection.exec_driver_sql("SELECT max(version) FROM schema_version").scalar()
-    if version is None:
-        SQLModel.metadata.create_all(connection)
-    elif version > SCHEMA_VERSION:
-        raise SystemExit(f"The database is of version {version}, newer than this program.")
-    elif version < SCHEMA_VERSION:
-        add_what_is_missing(connection, keep_copy)
-    sql = f"INSERT INTO schema_version (version) VALUES ({SCHEMA_VERSION}) ON CONFLICT DO NOTHING"
-    connection.exec_driver_sql(sql)
-
 
 # ── 4 Tables ────────────────────────────────────────────────────────────────────────────────────
 # Most tables are two classes: the public half is also the answer that clients get, the private half
@@ -741,13 +711,6 @@ class Attachment(AttachmentPublic, table=True):
     content: bytes
 
 
-class SchemaVersion(Public, table=True):
-    """Which programs have written this database."""
-
-    __tablename__ = "schema_version"
-    version: int = Field(primary_key=True)
-
-
 for column in [each for table in SQLModel.metadata.tables.values() for each in table.c]:
     if isinstance(column.type, sa.Integer):  # PostgreSQL's own ends at 2^31.
         column.type = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
@@ -840,12 +803,8 @@ Title = Annotated[str, Trimmed, StringConstraints(max_length=200), Storable]
 Time = Annotated[datetime, BeforeValidator(parse_time, datetime | date)]
 FromTime = Annotated[datetime, BeforeValidator(first_moment, datetime | date)]
 ToTime = Annotated[datetime, BeforeValidator(last_moment, datetime | date)]
-NAME: Row = {
-    "type": "string",
-    "minLength": 3,
-    "maxLength": 50,
-    "pattern": r"^[^\s!-,/:-@\[-\^`{-~]+$",
-}
+NAME: Row = {"type": "string", "minLength": 3, "maxLength": 50}
+NAME["pattern"] = r"^[^\s!-,/:-@\[-\^`{-~]+$"
 Username = Annotated[str, AfterValidator(valid_username), pydantic.WithJsonSchema(NAME)]
 Password = Annotated[str, pydantic.Field(min_length=8, max_length=256), AfterValidator(uncommon)]
 Email = Annotated[str, StringConstraints(max_length=254, pattern=r"^[^@\s]+@[^@\s]+$"), Storable]
@@ -1140,11 +1099,11 @@ class Error(BaseModel):
 class TokenRequest(BaseModel):
     """The form of RFC 6749 §4.3.2 and §6."""
 
-    grant_type: Text
+    grant_type: str = ""
     """`password` or `refresh_token`."""
-    username: Text = ""
-    password: Text = ""
-    refresh_token: Text = ""
+    username: str = ""
+    password: str = ""
+    refresh_token: str = ""
 
 
 class OAuthError(BaseModel):
@@ -1230,9 +1189,10 @@ def load_secret_key(path: Path) -> str:
 # disabling and role changes hold for the very next request, in every process. Only the check of a
 # token's signature is remembered.
 
+USE_SECONDS = 60  # How exactly it is known when a session was last used.
 WHO_ASKS = """
 SELECT users.id, username, email, role, is_active, users.created_at, seq, scope,
-    sessions.id AS session_id, sessions.created_at AS session_created_at
+    sessions.id AS session_id, sessions.created_at AS session_created_at, last_used_at
 FROM sessions JOIN users ON users.id = sessions.user_id
 WHERE (sessions.id = :session_id AND user_id = :user_id OR token_hash = :token_hash)
     AND expires_at > :now AND is_active"""
@@ -1269,6 +1229,7 @@ class Caller(UserPublic):
     """Of an API token; None for a login."""
     session_id: int
     session_created_at: datetime
+    last_used_at: datetime
     exchange: Any = pydantic.Field(None, exclude=True)
 
     async def read(self, sql: str, quick: bool = False, **values: Any) -> list[Any]:
@@ -1287,8 +1248,6 @@ class Caller(UserPublic):
 
 
 CALLER = pydantic.TypeAdapter(Caller)
-last_uses: dict[int, datetime] = {}
-"""When each session was last used, until the next minute's chore writes it down."""
 
 
 async def find_caller(user_id: int, session_id: int, token_hash: str = "") -> Caller | None:
@@ -1296,6 +1255,14 @@ async def find_caller(user_id: int, session_id: int, token_hash: str = "") -> Ca
     this = {"user_id": user_id, "session_id": session_id, "token_hash": token_hash}
     row = await database.lookup(WHO_ASKS, now=now(), **this)
     return CALLER.validate_python(row) if row else None
+
+
+async def note_use(session_id: int) -> None:
+    """Note that a session is used now, if the database can be written."""
+    sql = "UPDATE sessions SET last_used_at = :now WHERE id = :id"
+    with suppress(*database.failures):
+        async with database.transaction() as db:
+            await db.fetch(sql, id=session_id)
 
 
 async def authenticate(authorization: str) -> Caller:
@@ -1316,7 +1283,8 @@ async def authenticate(authorization: str) -> Caller:
         caller = await find_caller(user_id, session_id)
     if caller is None:
         raise unauthorized("session_ended", "This token's session has ended: log in.")
-    last_uses[caller.session_id] = now()
+    if now() - caller.last_used_at > timedelta(seconds=USE_SECONDS):
+        await note_use(caller.session_id)
     return caller
 
 
@@ -1354,26 +1322,16 @@ class Redis:
         if well is not known:
             log.warning("Redis %s: %s", "is well" if well else "fails", why)
 
-    def ask(self, work: Callable[..., T], *values: Any) -> T | None:
-        """Run this in a worker's thread. None if Redis is not well, or fails."""
-        began = time.monotonic()
+    async def attempt(self, work: Callable[..., T], *values: Any) -> T | None:
+        """Run this in a thread, for 100 ms at most. None if Redis is not well, or fails."""
+        if not self.well:
+            return None
         try:
-            # It may have failed while this waited for a thread.
-            answer = work(*values) if self.well else None
+            async with asyncio.timeout(REDIS_SECONDS):
+                return await asyncio.to_thread(work, *values)
         except Exception as error:
             self.set_well(False, repr(error))
             return None
-        if time.monotonic() - began > REDIS_SECONDS:
-            self.set_well(False, "it is slow")
-        return answer
-
-    async def attempt(self, work: Callable[..., T], *values: Any) -> T | None:
-        """The same from the event loop, waiting 100 ms at most."""
-        if self.well:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(REDIS_SECONDS):
-                    return await asyncio.to_thread(self.ask, work, *values)
-        return None
 
     def connect(self) -> None:
         """A client, which connects when it is asked. Errors: ValueError."""
@@ -1407,7 +1365,7 @@ class Redis:
             while self.well and not stopped.is_set():
                 bell = bells.get_message(timeout=REDIS_PAUSE_SECONDS)
                 if bell is None:
-                    self.ask(self.client.ping)
+                    self.client.ping()
                     continue
                 process, user_id, seq, client_id = bell["data"].decode().split(" ")
                 if process != PROCESS:
@@ -1917,7 +1875,6 @@ async def call_webhook(text: str) -> None:
 # envelope.
 
 CLEANUP_SECONDS = 3600.0
-USES_SECONDS = 60.0
 MAX_SOCKET_BYTES = 64 * 1024
 JSON_TYPE = "application/json"
 LOG_TIME = "%Y-%m-%d %H:%M:%S"
@@ -1959,9 +1916,9 @@ async def opened_database() -> AsyncIterator[None]:
     name = checked(Username, settings.admin_username, "ADMIN_USERNAME")
     try:
         await database.open()
-    except (*database.failures, sa.exc.DBAPIError, ValueError) as error:
+    except (*database.failures, ValueError) as error:
         # A ValueError may quote the password.
-        why = "no address" if isinstance(error, ValueError) else getattr(error, "orig", error)
+        why = "no address" if isinstance(error, ValueError) else error
         setting = "DATABASE_URL" if settings.database_url else "DATA_DIR"
         raise SystemExit(f"{setting}: the database cannot be opened: {why}") from None
     try:
@@ -1974,21 +1931,6 @@ async def opened_database() -> AsyncIterator[None]:
         yield
     finally:
         await database.close()
-
-
-async def write_down_use(session_id: int, moment: datetime) -> None:
-    """Note when a session was last used."""
-    sql = "UPDATE sessions SET last_used_at = :moment WHERE id = :id"
-    async with database.transaction() as db:
-        await db.fetch(sql, moment=moment, id=session_id)
-
-
-async def write_down_uses() -> None:
-    """Note when each session was last used: once a minute, instead of once a request."""
-    uses = list(last_uses.items())
-    last_uses.clear()
-    # One transaction each, because two that lock several rows may wait for each other.
-    await asyncio.gather(*[write_down_use(*use) for use in uses])
 
 
 async def clean_up() -> None:
@@ -2028,7 +1970,6 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     async with opened_database(), asyncio.TaskGroup() as group:
         chores = [
             group.create_task(every(LOOK_SECONDS, broadcaster.look)),
-            group.create_task(every(USES_SECONDS, write_down_uses)),
             group.create_task(every(CLEANUP_SECONDS, clean_up)),
         ]
         if settings.redis_url:
@@ -2036,8 +1977,6 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
         for task in (*chores, *webhook_calls):
             task.cancel()
-        with suppress(*database.failures):
-            await write_down_uses()
 
 
 class Conversation:
@@ -2192,9 +2131,6 @@ def refused_field(problem: Any) -> tuple[str, str]:
 async def on_validation_error(request: Request, error: Any) -> Response:
     """What FastAPI or pydantic refused. Errors: 400; 415; 422."""
     problems = error.errors()
-    if request.scope["path"].endswith("/auth/token"):
-        oauth = {"error": "invalid_request", "error_description": "See /docs for the form."}
-        return JSONResponse(oauth, 400)
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     answer = invalid([refused_field(problem) for problem in problems])
     if problems[0]["type"] == "json_invalid":
@@ -2696,12 +2632,6 @@ async def list_attachments(task: OwnedTask) -> Collection[AttachmentPublic]:
     return Collection(data=await database.read(task.owner_id, sql, id=task.id))
 
 
-ADD_ATTACHMENT = f"""
-INSERT INTO attachments (task_id, filename, content_type, size_bytes, sha256, content, created_at)
-VALUES (:task_id, :filename, :content_type, :size_bytes, :sha256, :content, :created_at)
-RETURNING {ATTACHMENT_COLUMNS}"""
-
-
 @tasks.post("/{task_id:task_id}/attachments", status_code=201, openapi_extra={"requestBody": FORM})
 async def attach_file(
     task: OwnedTask, user: CurrentUser, request: Request, if_match: IfMatch = None
@@ -2718,7 +2648,7 @@ async def attach_file(
             raise ApiError(409, "too_many_attachments", f"A task has at most {MAX_ATTACHMENTS}.")
         await change.update(task, {"attachments": task.attachments + 1})
         this = {"task_id": task.id, "created_at": change.moment}
-        rows = await change.db.fetch(ADD_ATTACHMENT, **file, **this)
+        rows = await change.db.insert("attachments", **file, **this)
     etag = f'"{rows[0]["sha256"]}"'
     user.answer_with(Location=f"{BASE}/attachments/{rows[0]['id']}", ETag=etag)
     return AttachmentPublic.model_validate(rows[0])
@@ -2901,12 +2831,14 @@ async def grant_token(
             return await log_in(known, exchange)
         if form.grant_type == "refresh_token" and form.refresh_token:
             return await refresh(RefreshRequest(refresh_token=form.refresh_token), exchange)
-        if form.grant_type not in ("password", "refresh_token"):
+        if form.grant_type not in ("", "password", "refresh_token"):
             refusal.error = "unsupported_grant_type"
     except ApiError as error:
         if error.status_code not in (401, 403):
             raise
         refusal = OAuthError(error="invalid_grant", error_description=error.detail)
+    except pydantic.ValidationError:
+        pass
     return JSONResponse(refusal.model_dump(), 400)
 
 
@@ -2952,7 +2884,6 @@ ORDER BY last_used_at DESC, id DESC"""
 @auth.get("/sessions")
 async def list_sessions(user: LoggedInUser) -> Collection[SessionListed]:
     """The caller's logins, last used first."""
-    await write_down_uses()
     return Collection(data=await user.read(LIST_SESSIONS, session_id=user.session_id))
 
 
@@ -2976,7 +2907,8 @@ async def end_session(session_id: Id, user: LoggedInUser) -> None:
 
 MAX_API_TOKENS = 100
 LIST_API_TOKENS = """
-SELECT id, name, scope, created_at, nullif(last_used_at, created_at) AS last_used_at,
+SELECT id, name, scope, created_at,
+    CASE WHEN last_used_at >= created_at THEN last_used_at END AS last_used_at,
     CASE WHEN expires_at < :never THEN expires_at END AS expires_at
 FROM sessions WHERE user_id = :user_id AND scope IS NOT NULL AND expires_at > :now ORDER BY id"""
 
@@ -2990,7 +2922,7 @@ async def add_api_token(user_id: int, body: ApiTokenCreate, session_id: int = 0)
     moment = now()
     columns = {**body.model_dump(), "user_id": user_id, "address": "", "user_agent": ""}
     columns |= {"token_hash": token_hash(token), "expires_at": body.expires_at or NEVER}
-    columns |= {"created_at": moment, "last_used_at": moment}
+    columns |= {"created_at": moment, "last_used_at": moment - timedelta(days=1)}  # Never yet.
     async with database.transaction(user_id) as db:
         living = await db.fetch("SELECT id FROM sessions WHERE id = :id", id=session_id)
         if session_id and not living:
@@ -3006,7 +2938,6 @@ async def add_api_token(user_id: int, body: ApiTokenCreate, session_id: int = 0)
 @auth.get("/api_tokens")
 async def list_api_tokens(user: LoggedInUser) -> Collection[ApiTokenPublic]:
     """The caller's tokens for scripts, oldest first."""
-    await write_down_uses()
     return Collection(data=await user.read(LIST_API_TOKENS, never=NEVER))
 
 

@@ -17,6 +17,7 @@ Ends with 0; 1 if it could not do it, and then the database is as it was; 130 af
 """
 
 import argparse
+import asyncio
 import os
 import shutil
 import sqlite3
@@ -27,7 +28,7 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 try:
-    import sqlalchemy as sa
+    import aiosqlite
     from sqlmodel import SQLModel
 
     import app
@@ -68,7 +69,11 @@ def whole_copy(source: Path, directory: str) -> Path:
     """A copy in there of a database of ours at one moment, looked through. Errors: SystemExit."""
     copy = Path(directory, "tasks.db")
     try:
-        app.copy_database(source, copy)
+        copy.touch(0o600)
+        with closing(
+            sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)
+        ) as database:
+            database.execute("VACUUM INTO ?", [str(copy)])
         with closing(sqlite3.connect(copy)) as database:
             found = database.execute("PRAGMA integrity_check").fetchone()[0]
             sql = "SELECT count(*) FROM users, schema_version"
@@ -98,16 +103,18 @@ def make(file: Path) -> str:
     return f"{file} holds the database as it is now." if sys.stdout.isatty() else ""
 
 
-def upgrade(copy: Path, file: Path) -> None:
+async def upgrade(copy: Path, file: Path) -> None:
     """Make the copy of a backup fit this program. Errors: SystemExit that names the backup."""
-    database = app.SQLite()
-    database.path = copy
-    engine = sa.create_engine("sqlite://", creator=database.connect, poolclass=sa.NullPool)
-    try:
-        with engine.begin() as connection:
-            app.upgrade(connection, lambda: None)  # No other copy is needed: there is FILE.
-    except SystemExit as refusal:
-        raise SystemExit(f"{file}: {refusal}") from None
+    database = app.Database()  # Which keeps no other copy: there is FILE.
+    database.engine = app.SQLite.engine
+    async with aiosqlite.connect(copy, isolation_level=None) as connection:
+        connection.row_factory = sqlite3.Row
+        await connection.execute("BEGIN")
+        try:
+            await database.upgrade(app.Transaction(connection.execute_fetchall))
+        except SystemExit as refusal:
+            raise SystemExit(f"{file}: {refusal}") from None
+        await connection.commit()
 
 
 def lock(database: sqlite3.Connection) -> None:
@@ -173,7 +180,7 @@ def restore(file: Path) -> str:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".restore-", dir=path.parent) as directory:
         copy = whole_copy(file, directory)
-        upgrade(copy, file)
+        asyncio.run(upgrade(copy, file))
         before = path if path.exists() else ":memory:"
         with closing(sqlite3.connect(before, isolation_level=None)) as old:
             lock(old)
@@ -202,7 +209,7 @@ def main() -> None:
         told = make(given.file) if given.command == "make" else restore(given.file)
     except SystemExit as refusal:
         raise SystemExit(f"backup.py: {refusal}") from None
-    except (OSError, sqlite3.Error, sa.exc.SQLAlchemyError) as error:
+    except (OSError, sqlite3.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise SystemExit(f"backup.py: {given.file}: {reason}") from None
     except KeyboardInterrupt:

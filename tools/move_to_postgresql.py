@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # With DATABASE_URL it has to be set, and usually is not yet. Nothing here uses it.
 os.environ["SECRET_KEY"] = os.environ.get("SECRET_KEY") or "none"
 try:
-    importlib.import_module("greenlet")
+    importlib.import_module("asyncpg")
     import sqlalchemy as sa
     from sqlmodel import SQLModel
     from transfer import Progress, say
@@ -55,7 +55,8 @@ SELECT max(n) FROM (SELECT max(id) AS n FROM {0}
     UNION ALL SELECT seq FROM sqlite_sequence WHERE name = '{0}')"""
 SET_HIGHEST = "SELECT setval(pg_get_serial_sequence($1, 'id'), $2)"
 LIMITS = "SET LOCAL lock_timeout = '10s'; SET LOCAL statement_timeout = 0; LOCK TABLE"
-TABLES = [each for each in SQLModel.metadata.sorted_tables if each.name != "schema_version"]
+TABLES = SQLModel.metadata.sorted_tables
+VERSION = 1 + len(app.UPGRADES)
 NAMES = ", ".join(table.name for table in TABLES)
 COUNTS = {table.name: f"SELECT count(*) FROM {table.name}" for table in TABLES}  # noqa: S608
 
@@ -96,9 +97,9 @@ def check_file(source: sqlite3.Connection, path: Path) -> None:
         accounts = source.execute("SELECT count(*) FROM users").fetchone()[0]
     except sqlite3.Error as error:
         raise SystemExit(f"{path} is no database of this program: {error}") from None
-    if version < app.SCHEMA_VERSION:
+    if version < VERSION:
         raise SystemExit(f"{path} is older: start this app.py once without DATABASE_URL, stop it")
-    if version > app.SCHEMA_VERSION:
+    if version > VERSION:
         raise SystemExit(f"{path} is newer than this program")
     if not accounts:
         raise SystemExit(f"{path} holds no account; was a -wal beside it deleted?")
@@ -136,12 +137,12 @@ async def connect(database: app.PostgreSQL) -> Any:
     except ValueError:  # Its text may show a part of the password.
         hint = "in a password, write each of @ : / ? # % as %40 and so on"
         raise SystemExit(f"DATABASE_URL: cannot be understood; {hint}") from None
-    names = list(SQLModel.metadata.tables)
+    names = [*SQLModel.metadata.tables, "schema_version"]
     found = await target.fetchval(FOUND, names)
     version = None
     if found == len(names):
         version = await target.fetchval("SELECT max(version) FROM schema_version")
-    if found and version != app.SCHEMA_VERSION:
+    if found and version != VERSION:
         reason = "has tables of another program or version: take an empty database"
         raise SystemExit(f"{database.place} {reason}")
     await database.open()  # This creates the tables.
@@ -227,8 +228,8 @@ def main() -> int:
         told = asyncio.run(move(database, path))
     except SystemExit as refusal:
         reason = str(refusal)
-    except (*database.failures, sa.exc.DBAPIError) as error:
-        lines = str(getattr(error, "orig", error)).splitlines() or [type(error).__name__]
+    except database.failures as error:
+        lines = str(error).splitlines() or [type(error).__name__]
         reason = f"{database.place}: {lines[0]}; nothing was copied"
     except (sqlite3.Error, ValueError, TypeError) as error:
         reason = f"{path}: {error}"
