@@ -538,10 +538,10 @@ class PostgreSQL(Database):
         options = {"dsn": self.url, "timeout": STATEMENT_SECONDS, "min_size": 0}
         options["max_size"] = 2 * CONNECTIONS
         options["server_settings"] = {"timezone": "UTC"}  # COMPLETED_PER_DAY prints a time.
-        async with self.driver.create_pool(**options) as pool, pool.acquire() as connection:
-            async with connection.transaction():
-                await connection.fetch("SELECT pg_advisory_xact_lock(1)")
-                await self.upgrade(Transaction(functools.partial(self.run, connection)))
+        unlimited = self.driver.create_pool(**options)
+        async with unlimited as pool, pool.acquire() as connection, connection.transaction():
+            await connection.fetch("SELECT pg_advisory_xact_lock(1)")
+            await self.upgrade(Transaction(functools.partial(self.run, connection)))
         options |= {"command_timeout": STATEMENT_SECONDS, "statement_cache_size": 512}
         self.pool = await self.driver.create_pool(**options)
         self.connect = functools.partial(self.pool.acquire, timeout=STATEMENT_SECONDS)

@@ -937,7 +937,7 @@ def test_a_database_that_is_lost_under_the_server_is_a_503(alice, how):
     error_of(alice.post("/tasks", json={"title": "x"}), 503)
 
 
-STEPS = ["ALTER TABLE tasks ADD COLUMN tags VARCHAR", "UPDATE tasks SET tags = 'old'"]
+STEPS = ["ALTER TABLE tasks ADD COLUMN shade VARCHAR", "UPDATE tasks SET shade = 'old'"]
 FOREIGN = """
 CREATE TABLE _litestream_seq (id INTEGER PRIMARY KEY, seq INTEGER);
 ALTER TABLE tasks ADD COLUMN colour TEXT DEFAULT 'red'; CREATE INDEX my_own ON tasks (colour)"""
@@ -969,13 +969,13 @@ def contents(path: Path) -> list[str]:
 def test_an_upgrade_runs_each_step_once_after_a_copy(stopped, start, capsys, monkeypatch):
     elsewhere(FOREIGN)
     before = contents(stopped)
-    monkeypatch.setattr(app, "UPGRADES", STEPS)
+    monkeypatch.setattr(app, "UPGRADES", app.UPGRADES + STEPS)
     server = start()
     server.person("alice").log_in().create("after it")
     server.stop()
     said = capsys.readouterr().out
     start().stop()
-    found = elsewhere("SELECT title, colour, tags FROM tasks ORDER BY id")
+    found = elsewhere("SELECT title, colour, shade FROM tasks ORDER BY id")
     assert found == [("Buy milk", "red", "old"), ("after it", "red", None)]
     copies = [*stopped.parent.glob("tasks-*.db")]
     assert len(copies) == SQLITE  # PostgreSQL keeps no copy.
@@ -993,12 +993,16 @@ def test_a_start_creates_the_tables_and_indexes_that_are_not_there(start):
     assert complete == set(elsewhere(DEFINITIONS))
 
 
-@pytest.mark.parametrize(("version", "said"), [(1, "title"), (78, "version 78")])
+NEWER = "UPDATE schema_version SET version = 78"
+
+
+@pytest.mark.parametrize(("sql", "said"), [("SELECT 1", "title"), (NEWER, "version 78")])
 def test_a_failed_upgrade_and_a_newer_database_stop_the_start_and_change_nothing(
-    stopped, command, monkeypatch, version, said
+    stopped, command, monkeypatch, sql, said
 ):
-    monkeypatch.setattr(app, "UPGRADES", [*STEPS, "ALTER TABLE tasks ADD COLUMN title INTEGER"])
-    elsewhere(f"UPDATE schema_version SET version = {version}")
+    failing = [*app.UPGRADES, *STEPS, "ALTER TABLE tasks ADD COLUMN title INTEGER"]
+    monkeypatch.setattr(app, "UPGRADES", failing)
+    elsewhere(sql)
     before = (contents(stopped), set(elsewhere(DEFINITIONS)))
     assert re.fullmatch(f".*{said}.*", command("token alice"))
     assert (contents(stopped), set(elsewhere(DEFINITIONS))) == before
