@@ -44,7 +44,6 @@ Notation
 #   "pydantic==2.14.3",
 #   "pyjwt==2.15.1",
 #   "pytest==9.2.0",
-#   "python-dotenv==1.2.4",
 #   "python-multipart==0.0.34",
 #   "slowapi==0.1.10",
 #   "sqlalchemy==2.1.9",
@@ -99,9 +98,7 @@ import prometheus_client
 import pydantic
 import sqlalchemy as sa
 import uvicorn
-from dotenv import dotenv_values
 from fastapi import APIRouter, Depends, FastAPI, Form, Header, Query, Request, Response, WebSocket
-from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from fastapi.routing import iter_route_contexts
@@ -109,7 +106,7 @@ from fastapi.security import OAuth2PasswordBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from fastapi_offline import FastAPIOffline
 from pydantic import AfterValidator, BaseModel, BeforeValidator, StringConstraints
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource
 from slowapi import Limiter
 from sqlmodel import Field, SQLModel
 from starlette.background import BackgroundTask
@@ -164,7 +161,7 @@ WEBHOOK_KEY = r"^(whsec_([A-Za-z0-9+/]{4}){8,21}([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/
 class Settings(BaseSettings):
     """Every knob, with its default. Meanings, units and consequences stand in .env.example."""
 
-    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore")
+    model_config = {"env_file": ".env", "env_ignore_empty": True, "extra": "ignore"}
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     root_path: str = pydantic.Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
@@ -208,7 +205,7 @@ def load_settings() -> Settings:
     """The settings, checked. Errors: SystemExit with one line."""
     try:
         loaded = Settings()
-        names = dotenv_values(".env")
+        names = DotEnvSettingsSource(Settings).env_vars
     except UnicodeDecodeError:
         raise SystemExit(".env: must be text in UTF-8") from None
     except pydantic.ValidationError as error:
@@ -221,8 +218,8 @@ def load_settings() -> Settings:
         if getattr(loaded, setting) and importlib.util.find_spec(module) is None:
             raise SystemExit(f"{setting.upper()}: needs pip install -r deploy/requirements.txt")
     for name in names:
-        if name.lower() not in Settings.model_fields:
-            print(f".env: {name} is no setting of Onefile Tasks", file=sys.stderr)
+        if name not in Settings.model_fields:
+            print(f".env: {name.upper()} is no setting of Onefile Tasks", file=sys.stderr)
     return loaded
 
 
@@ -240,21 +237,19 @@ def now() -> datetime:
 
 
 class ApiError(HTTPException):
-    """An error that a client will see: status, stable code, message, headers, details by field."""
+    """An error that a client will see: status, stable code, message, headers, more of its body."""
 
-    def __init__(self, status: int, code: str, message: str, headers: Any = None) -> None:
-        super().__init__(status, message, headers)
-        self.code = code
-        self.details: Row = {}
+    def __init__(self, status: int, code: str, text: str, headers: Any = None, **more: Any) -> None:
+        super().__init__(status, text, headers)
+        self.body = {"code": code, **more}
 
 
 def error_response(error: HTTPException, request_id: str) -> Response:
     """The envelope of any HTTPException. A 304 has no body. Ref: RFC 9110 §15.4.5."""
     if error.status_code == 304:
         return Response(status_code=304, headers=error.headers)
-    code = getattr(error, "code", "http_error")
-    body = {"code": code, "message": str(error.detail), "request_id": request_id}
-    body |= getattr(error, "details", {})
+    body = {"code": "http_error", "message": str(error.detail), "request_id": request_id}
+    body |= getattr(error, "body", {})
     return JSONResponse({"error": body}, error.status_code, error.headers)
 
 
@@ -271,9 +266,8 @@ def unauthorized(code: str, message: str) -> ApiError:
 def invalid(fields: Sequence[tuple[str, str]]) -> ApiError:
     """422, with every refused (field, message); the first ten are the message."""
     text = "; ".join(f"{field}: {message}" for field, message in fields[:10])
-    error = ApiError(422, "validation_failed", text)
-    error.details["details"] = [{"field": field, "message": text} for field, text in fields]
-    return error
+    details = [{"field": field, "message": text} for field, text in fields]
+    return ApiError(422, "validation_failed", text, details=details)
 
 
 def try_later(code: str, message: str) -> ApiError:
@@ -312,8 +306,7 @@ class Transaction:
 
     async def fetch(self, sql: str, **values: Any) -> list[Row]:
         """Run one statement; the rows that it selects or returns. :now is always there."""
-        rows = await self.run(sql, {"now": now(), **values})
-        return [dict(row) for row in rows]
+        return [dict(row) for row in await self.run(sql, {"now": now(), **values})]
 
     async def insert(self, table: str, **columns: Any) -> list[Row]:
         """Insert a row and return it, or return none if a unique column has that value already."""
@@ -332,15 +325,17 @@ def creations(engine: str) -> list[str]:
     return [str(step.compile(dialect=dialect)) for step in steps]
 
 
+read_turns: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
+write_turns: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
+"""By user, as long as somebody holds one or waits for it."""
+
+
 class Database:
     """What both databases share: how they are upgraded, and read by key or within bounds."""
 
     engine: str
     # Each database has its own: all rows of one statement. A quick one is tried without a thread.
     select: Callable[[str, Row, bool], Coroutine[Any, Any, list[Row]]]
-
-    def __init__(self) -> None:
-        self.read_turns: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
 
     def keep_copy(self) -> None:
         """Keep the database as it is before an upgrade. PostgreSQL's copies are pg_dump's work."""
@@ -357,8 +352,7 @@ class Database:
             self.keep_copy()
         for sql in UPGRADES[version - 1 :] + creations(self.engine):
             await db.fetch(sql)
-        sql = "INSERT INTO schema_version (version) VALUES (:newest) ON CONFLICT DO NOTHING"
-        await db.fetch(sql, newest=newest)
+        await db.insert("schema_version", version=newest)
 
     async def lookup(self, sql: str, **values: Any) -> Row | None:
         """One row by key, which is quick whoever asks."""
@@ -371,13 +365,12 @@ class Database:
         :user_id and :now are always there.
         """
         values |= {"user_id": user_id, "now": now()}
+        turn = read_turns.setdefault(user_id, asyncio.Semaphore(READS_PER_USER))
         try:
-            async with self.read_turns.setdefault(user_id, asyncio.Semaphore(READS_PER_USER)):
-                async with asyncio.timeout(READ_SECONDS):
-                    return await self.select(sql, values, quick)
+            async with turn, asyncio.timeout(READ_SECONDS):
+                return await self.select(sql, values, quick)
         except TimeoutError:
-            message = f"This took more than {READ_SECONDS:.0f} s. Ask for less."
-            raise try_later("too_slow", message) from None
+            raise try_later("too_slow", "This took too long. Ask for less.") from None
 
 
 class Group:
@@ -422,16 +415,16 @@ class SQLite(Database):
 
     async def open(self) -> None:
         """Open or create the file, readable by its owner alone. Errors: OSError; SystemExit."""
-        self.path = settings.data_dir / "tasks.db"
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.path.touch(0o600)
-        self.place = str(self.path.resolve())
+        self.place = (settings.data_dir / "tasks.db").absolute()
+        self.place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.place.touch(0o600)
+        with closing(self.connect()) as first:  # Here: a thread's failure would outlive the loop.
+            first.execute("PRAGMA journal_mode=WAL")
         async with aiosqlite.Connection(self.connect, 64) as connection:
-            await connection.execute("PRAGMA journal_mode=WAL")
             await connection.execute("BEGIN IMMEDIATE")  # One process upgrades, the others wait.
             await self.upgrade(Transaction(connection.execute_fetchall))
             await connection.commit()
-        self.inode = self.path.stat().st_ino
+        self.inode = self.place.stat().st_ino
         connect_reader = functools.partial(self.connect, query_only="ON")
         self.quick_reader = connect_reader()
         self.quick_reader.set_progress_handler(lambda: time.thread_time() > self.deadline, 500)
@@ -444,19 +437,16 @@ class SQLite(Database):
 
     def connect(self, query_only: str = "OFF") -> sqlite3.Connection:
         """A connection whose transactions are begun by hand."""
-        options: Any = {"isolation_level": None, "check_same_thread": False}
-        options["cached_statements"] = 512
-        connection: sqlite3.Connection = sqlite3.connect(self.path, **options)
+        connection = sqlite3.connect(self.place, 10, isolation_level=None, check_same_thread=False)
         connection.row_factory = sqlite3.Row
         # FULL: an acknowledged write survives a power cut, not only a crash of this process.
-        for pragma in "busy_timeout=10000", "synchronous=FULL", "foreign_keys=ON":
+        for pragma in "synchronous=FULL", "foreign_keys=ON", f"query_only={query_only}":
             connection.execute(f"PRAGMA {pragma}")
-        connection.execute(f"PRAGMA query_only={query_only}")
         return connection
 
     def keep_copy(self) -> None:
         """Copy the database as it is before an upgrade. Errors: OSError, sqlite3.Error."""
-        copy = self.path.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db")
+        copy = self.place.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db")
         copy.touch(0o600)
         with closing(self.connect()) as connection:
             connection.execute("VACUUM INTO ?", [str(copy)])
@@ -471,8 +461,8 @@ class SQLite(Database):
 
     def check(self) -> None:
         """Errors: OSError, if the file is not the one that was opened: writes would be lost."""
-        if os.stat(self.path).st_ino != self.inode:
-            raise OSError(f"{self.path} is another file now: restart")
+        if os.stat(self.place).st_ino != self.inode:
+            raise OSError(f"{self.place} is another file now: restart")
 
     async def select(self, sql: str, values: Row, quick: bool) -> list[Row]:
         """All rows of one statement: right here if that is quick, or else anew, in a thread.
@@ -524,8 +514,6 @@ class PostgreSQL(Database):
     engine = "postgresql"
 
     def __init__(self) -> None:
-        super().__init__()
-        self.write_turns: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
         self.driver: Any = importlib.import_module("asyncpg")
         # The last one is its word for a connection that a restart has cut at the wrong moment.
         names = ("PostgresError", "InterfaceError", "InternalClientError")
@@ -535,8 +523,7 @@ class PostgreSQL(Database):
 
     async def open(self) -> None:
         """Connect; one process upgrades, the others wait. Errors: `failures`; SystemExit."""
-        options = {"dsn": self.url, "timeout": STATEMENT_SECONDS, "min_size": 0}
-        options["max_size"] = 2 * CONNECTIONS
+        options = {"dsn": self.url, "timeout": STATEMENT_SECONDS, "min_size": 0, "max_size": 16}
         options["server_settings"] = {"timezone": "UTC"}  # COMPLETED_PER_DAY prints a time.
         unlimited = self.driver.create_pool(**options)
         async with unlimited as pool, pool.acquire() as connection, connection.transaction():
@@ -567,7 +554,7 @@ class PostgreSQL(Database):
 
         Whoever waits for another one here holds no connection.
         """
-        turn = self.write_turns.setdefault(user_id, asyncio.Lock()) if user_id else nullcontext()
+        turn = write_turns.setdefault(user_id, asyncio.Lock()) if user_id else nullcontext()
         async with turn, self.connect() as connection, connection.transaction():
             if user_id:  # A statement that waits for a row sees the others as before its wait.
                 await connection.fetch("SELECT FROM users WHERE id = $1 FOR NO KEY UPDATE", user_id)
@@ -678,7 +665,7 @@ class TaskPublic(Identified):
     """Its ETag, and its place among its owner's changes."""
     created_at: datetime
     updated_at: datetime
-    deleted_at: datetime | None
+    deleted_at: datetime | None = Field(index=True)
 
 
 class Task(TaskPublic, table=True):
@@ -718,7 +705,6 @@ of_task = SQLModel.metadata.tables["tasks"].c
 sa.Index("ix_tasks_version", of_task.owner_id, of_task.version, unique=True)
 sa.Index("ix_tasks_key", of_task.owner_id, of_task.idempotency_key, unique=True)
 sa.Index("ix_tasks_list", of_task.owner_id, of_task.deleted_at, of_task.created_at, of_task.id)
-sa.Index("ix_tasks_deleted_at", of_task.deleted_at)
 
 USER_COLUMNS = ", ".join(UserPublic.model_fields)
 SESSION_COLUMNS = ", ".join(SessionPublic.model_fields)
@@ -2227,7 +2213,7 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
 # One router a resource. A docstring is the route's description in /docs. A GET counts against
 # RATE_LIMIT_READ, the rest against RATE_LIMIT_WRITE; a docstring names what counts besides.
 
-Id = Annotated[int, PathParameter(ge=1, le=MAX_ID)]
+Id = Annotated[int, pydantic.Field(ge=1, le=MAX_ID)]
 IfMatch = Annotated[str | None, Header()]
 IfNew = Annotated[str | None, Header(alias="If-None-Match")]
 Responses = dict[int | str, dict[str, Any]]
@@ -3125,7 +3111,7 @@ async def read_root() -> Response:
 
 HELLO_SECONDS = 5.0
 CLOSE_CODES = {400: 1003, 401: 4401}
-ClientId = Annotated[str, PathParameter(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+ClientId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 
 class Hello(Body):
@@ -3206,16 +3192,14 @@ def serve(reload: bool) -> None:
     """Listen, say where, and serve until Ctrl-C or SIGTERM. Errors: SystemExit."""
     options: Any = {"host": settings.host, "port": settings.port, "reload": reload}
     options |= {"http": "h11", "proxy_headers": False, "timeout_graceful_shutdown": 3}
-    options |= {"ws": BoundedWebSocket, "ws_max_size": MAX_SOCKET_BYTES}
+    options |= {"ws": BoundedWebSocket, "ws_max_size": MAX_SOCKET_BYTES, "server_header": False}
     options |= {"ws_per_message_deflate": False, "log_config": None, "log_level": "critical"}
-    options["server_header"] = False
-    config = uvicorn.Config("app:app" if reload else app, **options)
+    config = uvicorn.Config("__main__:app" if reload else app, **options)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
         listener = config.bind_socket()
     except SystemExit:
-        where = f"{settings.host}, port {settings.port}"
-        raise SystemExit(f"HOST, PORT: cannot listen on {where}") from None
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        raise SystemExit(f"HOST, PORT: cannot listen on {host}:{settings.port}") from None
     url = f"http://{host}:{listener.getsockname()[1]}{settings.root_path}"
     docs = f"{url}/docs" if settings.docs == "on" else "off"
     print(f"  Listening  {url}   (Ctrl-C ends it)\n  Docs       {docs}")
@@ -3284,7 +3268,5 @@ def main() -> None:
         serve(given.reload)
 
 
-if __name__ == "__mp_main__":  # A child of --reload has run this file: define no table twice.
-    sys.modules["app"] = sys.modules["__mp_main__"]
 if __name__ == "__main__":
     main()
