@@ -131,8 +131,9 @@ Row = dict[str, Any]
 T = TypeVar("T")
 log = logging.getLogger("onefile_tasks")
 
-# What /metrics shows; the rest is in the labels: status 429 is a limit, 401 a failed login.
-LABELS = ["method", "route", "status"]
+# What /metrics shows; the rest is in the labels: status 429 is a limit, 401 a failed login. A route
+# is called what /docs calls the operation, which is its function: list_tasks.
+LABELS = ["route", "status"]
 REQUESTS = prometheus_client.Histogram("onefile_tasks_http_request_seconds", "Requests.", LABELS)
 STREAMS = prometheus_client.Gauge("onefile_tasks_live_connections", "Open streams.")
 prometheus_client.Info("onefile_tasks_build", "What runs.").info({"version": VERSION})
@@ -256,6 +257,13 @@ def error_response(error: HTTPException, request_id: str) -> Response:
 def not_found(kind: str, key: int) -> ApiError:
     """404, the same for absent and for somebody else's, so that ids tell nothing."""
     return ApiError(404, f"{kind}_not_found", f"No {kind.replace('_', ' ')} {key}.")
+
+
+def only(rows: list[Row], kind: str, key: int) -> Any:
+    """The one row that a statement found, as what is wanted of it. Errors: 404."""
+    if not rows:
+        raise not_found(kind, key)
+    return rows[0]
 
 
 def unauthorized(code: str, message: str) -> ApiError:
@@ -1189,7 +1197,8 @@ class Exchange:
 
     def __init__(self, scope: Scope) -> None:
         self.request_headers = Headers(scope=scope)
-        self.query_string: str = scope["query_string"].decode("latin-1")
+        # A Link repeats it, between < and >.
+        self.query_string = scope["query_string"].decode("latin-1").replace(">", "%3E")
         given = self.request_headers.get("x-request-id", "")
         allowed = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given)
         self.request_id = given if allowed else secrets.token_hex(8)
@@ -1713,16 +1722,14 @@ class Change:
 
     async def find(self, kind: str, sql: str, key: int, if_match: str | None, **more: Any) -> Row:
         """The caller's row of this id. Errors: 404 absent or not yours; 412 stale version."""
-        rows = await self.db.fetch(sql, id=key, user_id=self.user.id, **more)
-        if not rows:
-            raise not_found(kind, key)
-        version = f'"{rows[0]["version"]}"'
+        row: Row = only(await self.db.fetch(sql, id=key, user_id=self.user.id, **more), kind, key)
+        version = f'"{row["version"]}"'
         if if_match is not None and not etag_matches(if_match, version):
             message = f"The {kind} is at version {version} now."
             if '"' not in if_match:
                 message = f"If-Match wants quotes: {version}"
             raise ApiError(412, "version_mismatch", message)
-        return rows[0]
+        return row
 
     async def task(
         self, key: int, if_match: str | None = None, trashed: bool = False
@@ -1815,11 +1822,13 @@ WHERE id = :user_id RETURNING seq"""
 PURGE_TASKS = "DELETE FROM tasks WHERE owner_id = :user_id AND deleted_at <= :until RETURNING id"
 
 
-async def purge(db: Transaction, user_id: int, until: datetime) -> tuple[int, int]:
-    """Delete a user's trash up to a moment for good. Returns their seq, and how many tasks went."""
-    users = await db.fetch(PURGE_USER, user_id=user_id, until=until)
-    purged = await db.fetch(PURGE_TASKS, user_id=user_id, until=until)
-    return (users[0]["seq"] if users else 0), len(purged)
+async def purge(user_id: int, until: datetime) -> int:
+    """Delete a user's trash up to a moment for good. Returns how many tasks went."""
+    async with database.transaction(user_id) as db:
+        users = await db.fetch(PURGE_USER, user_id=user_id, until=until)
+        purged = await db.fetch(PURGE_TASKS, user_id=user_id, until=until)
+    await broadcaster.announce(user_id, users[0]["seq"] if users else 0)
+    return len(purged)
 
 
 webhook_calls: set[asyncio.Task[None]] = set()
@@ -1864,12 +1873,9 @@ CLEANUP_SECONDS = 3600.0
 MAX_SOCKET_BYTES = 64 * 1024
 JSON_TYPE = "application/json"
 LOG_TIME = "%Y-%m-%d %H:%M:%S"
-KNOWN_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "WEBSOCKET")
 POLICY = "default-src 'none'; frame-ancestors 'none'"
 DOCS_POLICY = """default-src 'self'; script-src 'self' 'unsafe-inline'; img-src 'self' data:;
 style-src 'self' 'unsafe-inline'; worker-src blob:; frame-ancestors 'none'""".replace("\n", " ")
-EXPOSED_HEADERS = """ETag Link Location Retry-After X-Request-ID Idempotency-Replayed
-Content-Disposition X-RateLimit-Limit X-RateLimit-Remaining X-RateLimit-Reset"""
 started_at = time.monotonic()
 last_cleanup: dict[str, int | datetime] | None = None
 
@@ -1922,20 +1928,16 @@ async def opened_database() -> AsyncIterator[None]:
 async def clean_up() -> None:
     """Remove what has expired: sessions and refresh tokens; and trash older than TRASH_DAYS."""
     global last_cleanup
-    removed: dict[str, int | datetime] = {}
+    removed: Row = {"tasks": 0}
     async with database.transaction() as db:
         for table in ("sessions", "refresh_tokens"):
             sql = f"DELETE FROM {table} WHERE expires_at <= :now RETURNING id"
             removed[table] = len(await db.fetch(sql))
     oldest = now() - timedelta(days=settings.trash_days)
     sql = "SELECT DISTINCT owner_id FROM tasks WHERE deleted_at <= :until"
-    purged = 0
     for owner in await database.read(0, sql, until=oldest):
-        async with database.transaction(owner["owner_id"]) as db:
-            seq, tasks = await purge(db, owner["owner_id"], oldest)
-        await broadcaster.announce(owner["owner_id"], seq)
-        purged += tasks
-    last_cleanup = {"finished_at": now(), "tasks": purged, **removed}
+        removed["tasks"] += await purge(owner["owner_id"], oldest)
+    last_cleanup = {"finished_at": now(), **removed}
 
 
 async def every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -1977,8 +1979,7 @@ class Conversation:
         self.began = time.perf_counter()
         self.method = scope.get("method", "WEBSOCKET")
         self.scope = {**scope, "exchange": self.exchange}
-        if self.method == "HEAD":
-            self.scope["method"] = "GET"
+        self.scope["method"] = "GET" if self.method == "HEAD" else self.method
         if scope["path"].endswith("/") and scope["path"].rstrip("/") != settings.root_path:
             self.scope["path"] = scope["path"][:-1] or "/"
         self.status = 0
@@ -2021,10 +2022,9 @@ class Conversation:
         if content_type == JSON_TYPE and "content-length" in headers:
             self.newline = b"\n"
             headers["content-length"] = str(int(headers["content-length"]) + 1)
-        policy = DOCS_POLICY if content_type.startswith("text/html") else POLICY
-        more = {"X-Request-ID": self.exchange.request_id, "Content-Security-Policy": policy}
+        more = {"X-Request-ID": self.exchange.request_id, **self.exchange.limit_headers}
         more["X-Content-Type-Options"] = "nosniff"
-        more |= self.exchange.limit_headers
+        more["Content-Security-Policy"] = DOCS_POLICY if "html" in content_type else POLICY
         if self.status < 400:
             more |= self.exchange.headers
         if "/auth/" in self.scope["path"]:  # Tokens are for no cache. Ref: RFC 6749 §5.1
@@ -2033,23 +2033,20 @@ class Conversation:
         message["headers"] = headers.raw
 
     async def fail(self, error: HTTPException) -> None:
-        """Answer with the envelope, or close a socket with 1011, unless that is too late."""
+        """Answer with the envelope, unless that is too late; uvicorn then ends the connection."""
         with suppress(OSError, RuntimeError, ClientDisconnect):
-            if self.method == "WEBSOCKET":
-                await self.send({"type": "websocket.close", "code": 1011})
-            elif self.status == 0:
+            if self.status == 0:
                 answer = error_response(error, self.exchange.request_id)
                 await answer(self.scope, self.receive, self.send)
 
     def log(self) -> None:
         """Count, and one line. The path is percent-encoded, so that it cannot forge another."""
-        seconds = time.perf_counter() - self.began
-        route = getattr(self.scope.get("route"), "path_format", "none")
-        method = self.method if self.method in KNOWN_METHODS else "other"
-        REQUESTS.labels(method, route, self.status).observe(seconds)
+        took = time.perf_counter() - self.began
+        route = getattr(self.scope.get("route"), "name", "none")
+        REQUESTS.labels(route, self.status).observe(took)
         user = f"user {self.exchange.user_id}" if self.exchange.user_id else "anonymous"
         if log.isEnabledFor(logging.INFO):
-            what = f"{method} {quote(self.scope['path'])} {self.status} {seconds * 1000:.1f} ms"
+            what = f"{self.method} {quote(self.scope['path'])} {self.status} {took * 1000:.1f} ms"
             line = f"{time.strftime(LOG_TIME)} INFO {self.exchange.request_id} {what} {user}\n"
             # To hand it to logging would take a tenth of a short request's time.
             with suppress(OSError, ValueError):
@@ -2073,6 +2070,10 @@ class Gateway:
             conversation.status = conversation.status or 499  # What proxies call it.
         except asyncio.CancelledError:
             await conversation.fail(try_later("server_stopping", "The server is stopping."))
+        except database.failures as error:  # It does not answer, or its disk is full.
+            log.error("%s the database failed: %r", conversation.exchange.request_id, error)
+            message = "The database does not answer. Try again."
+            await conversation.fail(try_later("database_unavailable", message))
         except Exception:
             log.exception("%s failed", conversation.exchange.request_id)
             message = "Something failed here; the log knows more by this request_id."
@@ -2084,17 +2085,15 @@ class Gateway:
 def method_not_allowed(request: Request) -> ApiError:
     """405, with the methods that the path has. Ref: RFC 9110 §15.5.6."""
     path = request.scope["path"].removeprefix(settings.root_path) or "/"
-    methods = set()
-    for route in iter_route_contexts(app.routes):
-        if route.path_regex.match(path):
-            methods |= route.methods or {"GET"}  # Files have none.
+    routes = [each for each in iter_route_contexts(app.routes) if each.path_regex.match(path)]
+    methods = {method for each in routes for method in each.methods or ["GET"]}  # Files have none.
     if "GET" in methods:
         methods.add("HEAD")
     allow = ", ".join(sorted(methods))
     return ApiError(405, "method_not_allowed", f"This path has: {allow}.", {"Allow": allow})
 
 
-async def on_http_exception(request: Request, error: Any) -> Response:
+async def on_http_error(request: Request, error: Any) -> Response:
     """The framework's errors and ours, in the envelope."""
     if error.status_code == 404 and error.detail == "Not Found":
         error = ApiError(404, "not_found", "No such path. All of them stand in /docs.")
@@ -2117,21 +2116,13 @@ def refused_field(problem: Any) -> tuple[str, str]:
 async def on_validation_error(request: Request, error: Any) -> Response:
     """What FastAPI or pydantic refused. Errors: 400; 415; 422."""
     problems = error.errors()
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     answer = invalid([refused_field(problem) for problem in problems])
     if problems[0]["type"] == "json_invalid":
         answer = ApiError(400, "invalid_json", "The body is not valid JSON.")
-    elif isinstance(error.body, bytes) and not re.fullmatch(r"application/(.+\+)?json", media_type):
+    elif isinstance(error.body, bytes):  # FastAPI has parsed what is called JSON.
         message = "Send JSON: curl --json, or the header Content-Type: application/json."
         answer = ApiError(415, "unsupported_media_type", message)
     return error_response(answer, exchange_of(request).request_id)
-
-
-async def on_database_failure(request: Request, error: Exception) -> Response:
-    """The database did not answer, or its disk is full: one line in the log."""
-    log.error("%s the database failed: %r", exchange_of(request).request_id, error)
-    message = "The database does not answer. Try again."
-    return await on_http_exception(request, try_later("database_unavailable", message))
 
 
 DESCRIPTION = """Tasks for one or many people. Errors have one shape; besides what a route names,
@@ -2154,38 +2145,33 @@ app = make_app(
     openapi_url="/openapi.json" if settings.docs == "on" else None,
     root_path=settings.root_path,
     redirect_slashes=False,
+    exception_handlers={HTTPException: on_http_error, RequestValidationError: on_validation_error},
     lifespan=lifespan,
 )
-app.add_exception_handler(HTTPException, on_http_exception)
-app.add_exception_handler(RequestValidationError, on_validation_error)
-for failure in database.failures:
-    app.add_exception_handler(failure, on_database_failure)
 if settings.cors_origins:  # No credentials: a token is no cookie. Ref: Fetch §3.3
     origins = settings.cors_origins.replace(" ", "").split(",")
-    allowed: Any = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"]}
-    app.add_middleware(CORSMiddleware, expose_headers=EXPOSED_HEADERS.split(), **allowed)
+    allowed: Any = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["*"]}
+    app.add_middleware(CORSMiddleware, allow_origins=origins, **allowed)
 app.add_middleware(Gateway)
 # Added last, so around Gateway: it corrects the caller's address, and nothing else.
 app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)
 
 
+@functools.cache
 def describe() -> Row:
     """The OpenAPI schema: FastAPI's, and the second way to say who asks."""
-    if not app.openapi_schema:
-        FastAPI.openapi(app)
-        schema: Row = app.openapi_schema or {}
-        text = "An API token, or an access token."
-        bearer = {"type": "http", "scheme": "bearer", "description": text}
-        schema["components"]["securitySchemes"]["bearer"] = bearer
-        events = schema["paths"][f"{API}/tasks/events"]["get"]["responses"]["200"]["content"]
-        events["text/event-stream"] = {"schema": {"type": "string"}}  # itemSchema is OpenAPI 3.2.
-        for operation in [each for path in schema["paths"].values() for each in path.values()]:
-            if "security" in operation:
-                operation["security"].append({"bearer": []})
-            for status in ("4XX", "5XX"):  # JSON, also where the answer is text.
-                contents = operation["responses"][status]["content"]
-                operation["responses"][status]["content"] = {JSON_TYPE: contents.popitem()[1]}
-    return app.openapi_schema or {}
+    schema = FastAPI.openapi(app)
+    bearer = {"type": "http", "scheme": "bearer", "description": "An API token, or an access token"}
+    schema["components"]["securitySchemes"]["bearer"] = bearer
+    events = schema["paths"][f"{API}/tasks/events"]["get"]["responses"]["200"]["content"]
+    events["text/event-stream"] = {"schema": {"type": "string"}}  # itemSchema is OpenAPI 3.2.
+    for operation in [each for path in schema["paths"].values() for each in path.values()]:
+        if "security" in operation:
+            operation["security"].append({"bearer": []})
+        for status in ("4XX", "5XX"):  # JSON, also where the answer is text.
+            contents = operation["responses"][status]["content"]
+            operation["responses"][status]["content"] = {JSON_TYPE: contents.popitem()[1]}
+    return schema
 
 
 app.openapi = describe  # type: ignore[method-assign]
@@ -2218,13 +2204,6 @@ IfMatch = Annotated[str | None, Header()]
 IfNew = Annotated[str | None, Header(alias="If-None-Match")]
 Responses = dict[int | str, dict[str, Any]]
 BASE = settings.root_path + API
-
-
-def only(rows: list[Row], kind: str, key: int) -> Any:
-    """The one row that a statement found, as whatever the route returns. Errors: 404."""
-    if not rows:
-        raise not_found(kind, key)
-    return rows[0]
 
 
 class TaskIdConvertor(StringConvertor):
@@ -2282,10 +2261,9 @@ async def page_of(user: Caller, path: str, query: PageQuery, sql: str, **values:
     total = counted[0]["total"] if counted else 0
     pages = max(1, math.ceil(total / size))
     places = {"first": 1, "prev": min(query.page - 1, pages), "next": query.page + 1, "last": pages}
-    given = user.exchange.query_string.replace(">", "%3E").split("&")
-    kept = [each for each in given if each.partition("=")[0] not in ("", "page")]
-    url = f"{path}?{'&'.join([*kept, 'page='])}"
-    links = [f'<{url}{n}>; rel="{name}"' for name, n in places.items() if 1 <= n <= pages]
+    kept = re.sub("&page=[^&]*", "", f"&{user.exchange.query_string}").rstrip("&")
+    url = f"{BASE}{path}?page="
+    links = [f'<{url}{n}{kept}>; rel="{name}"' for name, n in places.items() if 1 <= n <= pages]
     user.answer_with(Link=", ".join(links))
     return {"data": rows, "meta": {**dict(query), "total": total, "pages": pages}}
 
@@ -2311,13 +2289,6 @@ MAX_CACHED_BYTES = 32 * 1024  # Of one page.
 NOT_MODIFIED: Responses = {304: {"description": "Unchanged: If-None-Match names its ETag"}}
 
 
-def query_parameters(model: type[BaseModel]) -> Row:
-    """For `openapi_extra`: the parameters that `parse_query` reads."""
-    fields = model.model_json_schema()["properties"].items()
-    named = [{"name": name, "in": "query", "schema": schema} for name, schema in fields]
-    return {"parameters": named}
-
-
 def parse_query(request: Request) -> TaskQuery:
     """The filters of a list, all at once: FastAPI takes them one by one, for 70 µs. Errors: 422."""
     given = request.query_params
@@ -2330,9 +2301,11 @@ def parse_query(request: Request) -> TaskQuery:
 
 
 LIST_ANSWERS: Responses = {200: {"model": TaskPage}, **NOT_MODIFIED}
+FIELDS = TaskQuery.model_json_schema()["properties"]  # What `parse_query` reads, for /docs.
+PARAMETERS = [{"name": name, "in": "query", "schema": FIELDS[name]} for name in FIELDS]
 
 
-@tasks.get("", responses=LIST_ANSWERS, openapi_extra=query_parameters(TaskQuery))
+@tasks.get("", responses=LIST_ANSWERS, openapi_extra={"parameters": PARAMETERS})
 async def list_tasks(user: CurrentUser, request: Request) -> Response:
     """The caller's tasks, newest first: filters are ANDed. No ETag with `overdue`: time changes it.
 
@@ -2347,7 +2320,7 @@ async def list_tasks(user: CurrentUser, request: Request) -> Response:
     if timeless:
         user.offer_etag(f'W/"{user.seq}-{digest[:16]}"')
     if query:
-        page = await page_of_tasks(user, f"{BASE}/tasks", query, owner_id=user.id)
+        page = await page_of_tasks(user, "/tasks", query, owner_id=user.id)
         body = page.model_dump_json().encode()
         link = user.exchange.headers["Link"]
         if len(cached_pages) >= MAX_CACHED_PAGES:
@@ -2543,9 +2516,7 @@ async def read_statistics(user: CurrentUser) -> Statistics:
 @tasks.delete("/trash", status_code=204)
 async def empty_trash(user: CurrentUser) -> None:
     """Delete the caller's trash for good, now, all of it."""
-    async with database.transaction(user.id) as db:
-        seq, _ = await purge(db, user.id, NEVER)
-    await broadcaster.announce(user.id, seq)
+    await purge(user.id, NEVER)
 
 
 OFFICE = "application/vnd.openxmlformats-officedocument"
@@ -2565,7 +2536,6 @@ FILE_KINDS = {  # Extension: media type, and a pattern of how the content begins
     "xlsx": (f"{OFFICE}.spreadsheetml.sheet", OFFICE_BEGINS),
     "zip": ("application/zip", rb"PK(\x03\x04|\x05\x06)"),
 }
-NOTHING = b"(?!)"  # A pattern that matches nothing.
 MAX_ATTACHMENTS = 100
 FILE = {"file": {"type": "string", "format": "binary"}}
 FORM_SCHEMA = {"type": "object", "required": ["file"], "properties": FILE}
@@ -2602,7 +2572,8 @@ async def uploaded_file(request: Request) -> Row:
         name = str(email.header.make_header(email.header.decode_header(name)))
     name = re.split(r"[/\\]", name)[-1]  # Ref: RFC 7578 §4.2
     name = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "_", name)[-200:]
-    media_type, begins = FILE_KINDS.get(name.rpartition(".")[2].lower(), ("", NOTHING))
+    # What has another extension begins as nothing can: (?!) never matches.
+    media_type, begins = FILE_KINDS.get(name.rpartition(".")[2].lower(), ("", b"(?!)"))
     if len(content) > max_bytes:
         raise ApiError(413, "body_too_large", f"A file has at most {max_bytes // MIB} MiB.")
     if not re.match(begins, content):
@@ -2795,15 +2766,12 @@ async def refresh(body: RefreshRequest, exchange: CurrentExchange) -> TokenPair:
     return tokens
 
 
-OAUTH_ERROR: Responses = {400: {"model": OAuthError}}
+TokenForm = Annotated[TokenRequest, Form()]
+REFUSAL: Responses = {400: {"model": OAuthError}}
 
 
-@auth.post(
-    "/token", dependencies=[limited("login")], response_model=TokenPair, responses=OAUTH_ERROR
-)
-async def grant_token(
-    form: Annotated[TokenRequest, Form()], exchange: CurrentExchange
-) -> TokenPair | Response:
+@auth.post("/token", dependencies=[limited("login")], response_model=TokenPair, responses=REFUSAL)
+async def grant_token(form: TokenForm, exchange: CurrentExchange) -> TokenPair | Response:
     """Log in or refresh as OAuth 2 libraries do it, by a form.
 
     Errors: 400 {"error": "invalid_request", "invalid_grant" or "unsupported_grant_type"}
@@ -2946,11 +2914,6 @@ async def delete_api_token(token_id: Id, user: LoggedInUser) -> None:
 
 account = resource(prefix=f"{API}/users/me", tags=["users"])
 LOCK_ADMINS = "UPDATE users SET seq = seq WHERE role = 'admin' AND is_active RETURNING id"
-UPDATE_USER = f"""
-UPDATE users SET email = :email, role = :role, is_active = :is_active,
-    password_hash = coalesce(:password_hash, password_hash)
-WHERE id = :id RETURNING {USER_COLUMNS}"""
-LOCK_USER = f"UPDATE users SET seq = seq WHERE id = :id RETURNING {USER_COLUMNS}"
 END_SESSIONS_BUT = "DELETE FROM sessions WHERE user_id = :user_id AND id <> :kept_session"
 
 
@@ -2969,15 +2932,15 @@ async def insist_on_another_admin(db: Transaction, user_id: int) -> None:
 
 async def change_user(user_id: int, values: Row, kept_session: int = 0) -> UserPublic:
     """Change an account; a new password or disabling ends its other sessions. Errors: 404; 409."""
+    columns = "".join(f", {name} = :{name}" for name in values)  # There may be none.
+    sql = f"UPDATE users SET seq = seq{columns} WHERE id = :id RETURNING {USER_COLUMNS}"
     async with database.transaction() as db:
         if values.get("role") == "user" or values.get("is_active") is False:
             await insist_on_another_admin(db, user_id)
-        before = only(await db.fetch(LOCK_USER, id=user_id), "user", user_id)
-        columns = {**before, "password_hash": None, **values}
-        rows = await db.fetch(UPDATE_USER, **columns)
-        if columns["password_hash"] or not columns["is_active"]:
+        user = only(await db.fetch(sql, id=user_id, **values), "user", user_id)
+        if "password_hash" in values or not user["is_active"]:
             await db.fetch(END_SESSIONS_BUT, user_id=user_id, kept_session=kept_session)
-    return UserPublic.model_validate(rows[0])
+    return UserPublic.model_validate(user)
 
 
 async def remove_user(user_id: int) -> None:
@@ -3018,8 +2981,7 @@ ORDER BY id LIMIT :limit OFFSET :offset"""
 @admin.get("/users")
 async def list_users(user: AdminUser, query: Annotated[PageQuery, Query()]) -> Page[UserPublic]:
     """Every account, oldest first. Errors: 403 admin_required."""
-    page = await page_of(user, f"{BASE}/admin/users", query, LIST_USERS)
-    return Page[UserPublic].model_validate(page)
+    return Page[UserPublic].model_validate(await page_of(user, "/admin/users", query, LIST_USERS))
 
 
 @admin.post("/users", status_code=201)
@@ -3055,7 +3017,7 @@ async def delete_user(user_id: Id, _user: AdminUser) -> None:
 @admin.get("/tasks")
 async def list_all_tasks(user: AdminUser, query: Annotated[AdminTaskQuery, Query()]) -> TaskPage:
     """Every owner's tasks, with the filters of GET /tasks and `owner_id`. Errors: 403; 503."""
-    return await page_of_tasks(user, f"{BASE}/admin/tasks", query)
+    return await page_of_tasks(user, "/admin/tasks", query)
 
 
 @admin.post("/cleanup", status_code=202, response_class=Response)
@@ -3142,16 +3104,13 @@ async def watch_peer(socket: WebSocket, stream: Stream) -> None:
 
 
 async def send_events(socket: WebSocket, stream: Stream) -> None:
-    """Hello, then every change, until the stream is closed."""
+    """Hello, then every change, until the stream is closed. Errors: TimeoutError, if unread."""
     await socket.send_text(f'{{"type":"hello","seq":{stream.cursor}}}')
     if stream.stale:
         await socket.send_text('{"type":"resync_required"}')
-    try:
-        async for event in stream.events():
-            async with asyncio.timeout(SEND_SECONDS):
-                await socket.send_text(event.text)
-    except TimeoutError:
-        stream.close(1013, "the client did not read")
+    async for event in stream.events():
+        async with asyncio.timeout(SEND_SECONDS):
+            await socket.send_text(event.text)
 
 
 @app.websocket("/ws/tasks/{client_id}")
@@ -3172,8 +3131,8 @@ async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = No
         end = stream.end or (1000, "")
     except ApiError as error:
         end = (CLOSE_CODES.get(error.status_code, 1013), error.detail)
-    except database.failures:
-        end = (1013, "the database does not answer")
+    except (TimeoutError, *database.failures):  # The peer does not read, or the database is away.
+        end = (1013, "try again later")
     await socket.close(*end)
 
 
