@@ -77,7 +77,6 @@ import os
 import re
 import secrets
 import sqlite3
-import threading
 import time
 import unicodedata
 from collections import Counter
@@ -789,14 +788,12 @@ def parse_time(value: object, time_of_day: str = "23:59:59") -> datetime:
 
 
 first_moment = functools.partial(parse_time, time_of_day="00:00:00")
-last_moment = functools.partial(parse_time, time_of_day="23:59:59.999999")
 Storable = AfterValidator(storable)
 Trimmed = StringConstraints(strip_whitespace=True, min_length=1)
 Text = Annotated[str, StringConstraints(max_length=10_000), Storable]
 Title = Annotated[str, Trimmed, StringConstraints(max_length=200), Storable]
 Time = Annotated[datetime, BeforeValidator(parse_time, datetime | date)]
 FromTime = Annotated[datetime, BeforeValidator(first_moment, datetime | date)]
-ToTime = Annotated[datetime, BeforeValidator(last_moment, datetime | date)]
 NAME: Row = {"type": "string", "minLength": 3, "maxLength": 50}
 NAME["pattern"] = r"^[^\s!-,/:-@\[-\^`{-~]+$"
 Username = Annotated[str, AfterValidator(valid_username), pydantic.WithJsonSchema(NAME)]
@@ -836,10 +833,9 @@ class Credentials(Body):
     password: Text
 
 
-class Registration(Body):
+class Registration(Credentials):
     """A new account."""
 
-    model_config = example(username="alice", password="correct horse battery")
     username: Username
     """3–50 letters and digits of any script, `.`, `_`, `-`."""
     password: Password
@@ -876,13 +872,6 @@ class UserUpdate(Body):
     email: Email | None = None
     password: Password = ""
     current_password: Text = ""
-
-    @pydantic.model_validator(mode="after")
-    def both_passwords(self) -> Self:
-        """A password is changed by who knows it, not by who finds an open browser."""
-        if bool(self.password) != bool(self.current_password):
-            raise ValueError("password and current_password go together")
-        return self
 
 
 class ApiTokenCreate(Body):
@@ -966,13 +955,10 @@ class TaskUpdate(TaskCreate):
     title: Title = ""
 
 
-COLLECTION = "A collection: whole, or a page of it, or what changed in it."
-
-
 class Collection(BaseModel, Generic[T]):
     """Described in its config, because Collection[TaskPublic] inherits no docstring."""
 
-    model_config = {"json_schema_extra": {"description": COLLECTION}}
+    model_config = {"json_schema_extra": {"description": "All, a page, or the changes."}}
     data: list[T]
 
 
@@ -1012,7 +998,7 @@ class TaskQuery(PageQuery):
     completed: bool | None = None
     search: Annotated[str, StringConstraints(min_length=1, max_length=200), Storable] | None = None
     """Substring of title or description, whatever the case, width or accents."""
-    due_before: ToTime | None = None
+    due_before: Time | None = None
     """Inclusive; a bare date is its end."""
     due_after: FromTime | None = None
     """Inclusive; a bare date is its beginning."""
@@ -1293,13 +1279,8 @@ REDIS_PAUSE_SECONDS = 1.0
 PROCESS = secrets.token_hex(8)
 
 
-def moving_windows(**options: Any) -> Any:
-    """SlowAPI's limiter without its keys: ours are given."""
-    return Limiter(lambda: "", strategy="moving-window", **options).limiter
-
-
 class Redis:
-    """What processes share besides the database: windows and bells, both asked in threads.
+    """What processes share besides the database: windows and bells.
 
     Nothing is lost without it: each process counts for itself, and streams look for themselves.
     """
@@ -1308,67 +1289,59 @@ class Redis:
         self.well: bool | None = None
         self.client: Any = None
         self.windows: Any = None
-        self.channel = ""
 
     def set_well(self, well: bool, why: object) -> None:
         """Remember whether it is well: one line in the log each way."""
-        known = self.well
-        self.well = well
-        if well is not known:
+        if well is not self.well:
             log.warning("Redis %s: %s", "is well" if well else "fails", why)
+        self.well = well
 
-    async def attempt(self, work: Callable[..., T], *values: Any) -> T | None:
-        """Run this in a thread, for 100 ms at most. None if Redis is not well, or fails."""
+    async def attempt(self, work: Callable[..., Awaitable[T]], *values: Any) -> T | None:
+        """What this says within 100 ms. None if Redis is not well, or fails."""
         if not self.well:
             return None
         try:
             async with asyncio.timeout(REDIS_SECONDS):
-                return await asyncio.to_thread(work, *values)
+                return await work(*values)
         except Exception as error:
             self.set_well(False, repr(error))
             return None
 
     def connect(self) -> None:
-        """A client, which connects when it is asked. Errors: ValueError."""
-        times = {"socket_timeout": REDIS_SECONDS, "socket_connect_timeout": REDIS_SECONDS}
-        redis_py: Any = importlib.import_module("redis")
-        self.client = redis_py.from_url(settings.redis_url, **times)
+        """Two clients, which connect when they are asked. Errors: ValueError."""
+        redis_py: Any = importlib.import_module("redis.asyncio")
+        # Its own timeouts lose a cancellation in Python 3.11; asyncio.timeout does not.
+        self.client = redis_py.from_url(settings.redis_url, socket_timeout=None)
         self.channel = f"onefile-tasks-{token_hash(settings.secret_key)[:16]}"
-        options = {"connection_pool": self.client.connection_pool, "key_prefix": self.channel}
-        self.windows = moving_windows(storage_uri=settings.redis_url, storage_options=options)
+        options: Row = {"socket_timeout": REDIS_SECONDS, "socket_connect_timeout": REDIS_SECONDS}
+        options["key_prefix"] = self.channel
+        storage = limits.storage.RedisStorage(settings.redis_url, **options)
+        self.windows = limits.strategies.MovingWindowRateLimiter(storage)
+
+    def hear(self, bell: Row) -> None:
+        """Ring here what another process announces."""
+        process, user_id, seq, client_id = bell["data"].decode().split(" ")
+        if process != PROCESS:
+            broadcaster.ring(int(user_id), int(seq), client_id)
 
     async def listen(self) -> None:
-        """Ring here what other processes announce, until Redis fails or this is cancelled."""
-        stopped = threading.Event()
+        """Hear the bells of other processes, until Redis fails or this is cancelled."""
         try:
-            await asyncio.to_thread(self.hear_bells, asyncio.get_running_loop(), stopped)
+            if self.client is None:
+                self.connect()
+            async with self.client, self.client.pubsub() as bells:
+                async with asyncio.timeout(REDIS_SECONDS):
+                    await bells.subscribe(**{self.channel: self.hear})
+                    limit = settings.rate_limit_read
+                    await asyncio.to_thread(count_in, self.windows, False, limit, "nobody")
+                self.set_well(True, "limits and live updates are shared")
+                while self.well:
+                    await bells.get_message(timeout=REDIS_PAUSE_SECONDS)
         except Exception as error:
             self.set_well(False, repr(error))
-        finally:
-            stopped.set()
-
-    def hear_bells(self, loop: asyncio.AbstractEventLoop, stopped: threading.Event) -> None:
-        """Subscribe, in a thread, and pass on what comes. Errors: OSError; RedisError."""
-        if self.client is None:
-            self.connect()
-        with self.client, self.client.pubsub(ignore_subscribe_messages=True) as bells:
-            bells.subscribe(self.channel)
-            began = time.monotonic()
-            count_in(self.windows, False, settings.rate_limit_read, "nobody")
-            if time.monotonic() - began < REDIS_SECONDS:
-                self.set_well(True, "limits and live updates are shared")
-            while self.well and not stopped.is_set():
-                bell = bells.get_message(timeout=REDIS_PAUSE_SECONDS)
-                if bell is None:
-                    self.client.ping()
-                    continue
-                process, user_id, seq, client_id = bell["data"].decode().split(" ")
-                if process != PROCESS:
-                    ring = functools.partial(broadcaster.ring, int(user_id), int(seq), client_id)
-                    loop.call_soon_threadsafe(ring)
 
 
-limiter = moving_windows()
+limiter = Limiter(lambda: "", strategy="moving-window").limiter  # Its keys are given by hand.
 redis = Redis()
 
 
@@ -1405,7 +1378,7 @@ async def count(exchange: Exchange, name: str, key: str, counts: bool = True) ->
         return
     limit: limits.RateLimitItem = getattr(settings, f"rate_limit_{name}")
     window = (counts, limit, name, key)
-    shared = await redis.attempt(count_in, redis.windows, *window)
+    shared = await redis.attempt(asyncio.to_thread, count_in, redis.windows, *window)
     allowed, reset, remaining = shared or count_in(limiter, *window)
     reset = min(reset, time.time() + limit.get_expiry())  # Also if the clock went back.
     seconds = max(1, math.ceil(reset - time.time()))
@@ -1559,17 +1532,17 @@ class Broadcaster:
         """The open streams of all users."""
         return [stream for streams in self.streams.values() for stream in streams]
 
-    def ring(self, user_id: int, seq: int, client_id: str | None = None) -> None:
+    def ring(self, user_id: int, seq: int, client_id: str = "") -> None:
         """Tell a user's streams of news up to this seq; end what a client_id has replaced."""
         for stream in self.streams.get(user_id, ()):
-            stream.newest_seq = max(stream.newest_seq, seq)
-            stream.wake.set()
+            if seq > stream.cursor:
+                stream.wake.set()
             if client_id and stream.client_id == client_id:
                 stream.close(4409, "replaced by a newer connection")
 
-    async def announce(self, user_id: int, seq: int, client_id: str | None = None) -> None:
+    async def announce(self, user_id: int, seq: int, client_id: str = "") -> None:
         """Ring in every process."""
-        bell = f"{PROCESS} {user_id} {seq} {client_id or ''}"
+        bell = f"{PROCESS} {user_id} {seq} {client_id}"
         if redis.well:
             await redis.attempt(redis.client.publish, redis.channel, bell)
         self.ring(user_id, seq, client_id)
@@ -1603,11 +1576,10 @@ STREAMS.set_function(lambda: len(broadcaster.everybody()))
 class Stream:
     """One live connection: a cursor into its user's changes."""
 
-    def __init__(self, user: Caller, client_id: str | None) -> None:
+    def __init__(self, user: Caller, client_id: str) -> None:
         self.user = user
         self.client_id = client_id
         self.cursor = 0
-        self.newest_seq = 0
         self.known_purge = 0
         self.stale = False
         self.wake = asyncio.Event()
@@ -1620,37 +1592,30 @@ class Stream:
 
     async def missed(self) -> list[LiveEvent]:
         """What was not sent yet, a batch at a time."""
-        told = self.newest_seq
         try:
             missed, events = await broadcaster.shared_read(self.user.id, self.cursor)
-        except (ApiError, *database.failures):  # It comes back, and the cursor knows where.
-            await asyncio.sleep(LOOK_SECONDS)
+        except (ApiError, *database.failures):  # The next look rings again.
             return []
         if missed.stale(self.cursor, self.known_purge):
-            self.known_purge = missed.purged_seq
             return [LiveEvent(missed.seq, "resync_required", '{"type":"resync_required"}')]
-        if not events:  # A purge takes a seq and leaves no task.
+        if missed.has_more:
+            self.wake.set()
+        elif not events:  # A purge takes a seq and leaves no task.
             self.cursor = missed.seq
-            if self.newest_seq == told:  # Or a bell told of what was never committed here.
-                self.newest_seq = missed.seq
         return events
 
     async def events(self) -> AsyncIterator[LiveEvent]:
         """Everything after the cursor, in seq order, none twice, until closed."""
         while not self.end:
-            if self.newest_seq <= self.cursor:
-                self.wake.clear()
-                await self.wake.wait()
-                continue
             for event in await self.missed():
                 self.cursor = event.seq
                 yield event
+            await self.wake.wait()
+            self.wake.clear()
 
 
 @asynccontextmanager
-async def open_stream(
-    user: Caller, since: int | None, client_id: str | None
-) -> AsyncIterator[Stream]:
+async def open_stream(user: Caller, since: int | None, client_id: str) -> AsyncIterator[Stream]:
     """A registered stream; it replaces the user's one with the same client_id. Errors: 429."""
     if client_id:
         await broadcaster.announce(user.id, 0, client_id)
@@ -1665,7 +1630,6 @@ async def open_stream(
         start = await changes_after(user.id, MAX_ID - 1, 1)  # No task: only the user's numbers.
         stream.stale = since is not None and start.stale(since)
         stream.cursor = start.seq if since is None or stream.stale else since
-        stream.newest_seq = max(stream.newest_seq, start.seq)
         stream.known_purge = start.purged_seq
         yield stream
     finally:
@@ -1676,7 +1640,9 @@ async def open_stream(
 
 FIND_TASK = f"""
 SELECT {TASK_COLUMNS} FROM tasks
-WHERE id = :id AND owner_id = :user_id AND (deleted_at IS NOT NULL) = :trashed"""
+WHERE id = :id AND owner_id = :user_id AND (deleted_at IS NOT NULL) = :trash"""
+FIND_BY_KEY = f"""
+SELECT {TASK_COLUMNS} FROM tasks WHERE owner_id = :user_id AND idempotency_key = :key"""
 CHANGED_COLUMNS = [name for name in Task.model_fields if name not in ("id", "idempotency_key")]
 UPDATE_TASK = f"""
 UPDATE tasks SET {", ".join(f"{name} = :{name}" for name in CHANGED_COLUMNS)}
@@ -1684,10 +1650,6 @@ WHERE id = :id RETURNING {TASK_COLUMNS}"""
 GROW_STORAGE = """
 UPDATE users SET storage_bytes = storage_bytes + :size
 WHERE id = :user_id RETURNING storage_bytes"""
-
-
-FIND_BY_KEY = f"""
-SELECT {TASK_COLUMNS} FROM tasks WHERE owner_id = :user_id AND idempotency_key = :key"""
 
 
 class Replayed(Exception):
@@ -1731,24 +1693,22 @@ class Change:
             raise ApiError(412, "version_mismatch", message)
         return row
 
-    async def task(
-        self, key: int, if_match: str | None = None, trashed: bool = False
-    ) -> TaskPublic:
+    async def task(self, key: int, if_match: str | None = None, trash: bool = False) -> TaskPublic:
         """One task, in the trash or out of it. Errors: 404; 412."""
-        row = await self.find("task", FIND_TASK, key, if_match, trashed=trashed)
+        row = await self.find("task", FIND_TASK, key, if_match, trash=trash)
         return TASK.validate_python(row)
 
     async def create(self, values: Row) -> TaskPublic:
         """A new task. Errors: 413; Replayed, with the task that its idempotency_key made before."""
-        key = values.get("idempotency_key")
-        if key:
-            rows = await self.db.fetch(FIND_BY_KEY, user_id=self.user.id, key=key)
-            if rows:
-                raise Replayed(TASK.validate_python(rows[0]))
         columns = {"owner_id": self.user.id, "attachments": 0, "created_at": self.moment, **values}
         self.derive(columns)
         await self.grow(columns["text_bytes"] - self.counted_bytes)
-        return self.note(await self.db.insert("tasks", **columns))
+        rows = await self.db.insert("tasks", **columns)
+        if not rows:
+            this = {"user_id": self.user.id, "key": values["idempotency_key"]}
+            rows = await self.db.fetch(FIND_BY_KEY, **this)
+            raise Replayed(TASK.validate_python(rows[0]))
+        return self.note(rows)
 
     async def update(self, task: TaskPublic, values: Row) -> TaskPublic:
         """New values of one task. Errors: 413."""
@@ -1852,9 +1812,8 @@ async def call_webhook(text: str) -> None:
         await asyncio.sleep(pause)
         moment = datetime.now(UTC)
         signature = Webhook(settings.webhook_secret).sign(key, moment, text)
-        headers = {"webhook-id": key, "webhook-signature": signature}
-        headers |= {"webhook-timestamp": str(int(moment.timestamp()))}
-        headers |= {"content-type": "application/json"}
+        headers = {"webhook-id": key, "webhook-timestamp": str(int(moment.timestamp()))}
+        headers |= {"webhook-signature": signature, "content-type": "application/json"}
         with suppress(httpx.HTTPError, httpx.InvalidURL, TimeoutError):
             fresh_client = await asyncio.to_thread(httpx.AsyncClient)  # It loads certificates.
             async with asyncio.timeout(10), fresh_client as client:
@@ -2360,7 +2319,7 @@ async def create_task(
 
 async def owned_task(task_id: Id, user: CurrentUser) -> TaskPublic:
     """The caller's task, not in the trash. Errors: 404 absent or not yours."""
-    row = await database.lookup(FIND_TASK, id=task_id, user_id=user.id, trashed=False)
+    row = await database.lookup(FIND_TASK, id=task_id, user_id=user.id, trash=False)
     if row is None:
         raise not_found("task", task_id)
     return TASK.validate_python(row)
@@ -2419,7 +2378,7 @@ async def trash_task(task_id: Id, user: CurrentUser, if_match: IfMatch = None) -
 async def restore_task(task_id: Id, user: CurrentUser, if_match: IfMatch = None) -> TaskPublic:
     """Take a task out of the trash. Errors: 404 absent or not in your trash; 412 stale version."""
     async with changing(user) as change:
-        task = await change.task(task_id, if_match, trashed=True)
+        task = await change.task(task_id, if_match, trash=True)
         return await change.update(task, {"deleted_at": None})
 
 
@@ -2456,7 +2415,7 @@ async def event_stream(
 ) -> AsyncIterator[Stream]:
     """An open stream. Errors: 410 and 429, before the answer begins."""
     given = [cursor for cursor in (last, polyfill, since) if cursor is not None]
-    async with open_stream(user, given[0] if given else None, None) as stream:
+    async with open_stream(user, given[0] if given else None, "") as stream:
         if stream.stale:
             raise resync_required()
         yield stream
@@ -2961,7 +2920,7 @@ async def update_account(body: UserUpdate, user: LoggedInUser) -> UserPublic:
     values = body.model_dump(include={"email"}, exclude_unset=True)
     if body.password:
         if not await verify_password(user.exchange, user.username, body.current_password):
-            raise ApiError(403, "wrong_password", "current_password is wrong.")
+            raise ApiError(403, "wrong_password", "current_password is missing or wrong.")
         values["password_hash"] = await hash_password(body.password)
     return await change_user(user.id, values, kept_session=user.session_id)
 

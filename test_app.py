@@ -1483,9 +1483,10 @@ def test_a_clock_that_was_ahead_holds_nobody_up(anonymous, monkeypatch, ahead, s
     monkeypatch.setattr(time, "time", TRUE_TIME)
     assert [refused(anonymous.post("/auth/login", json={})) for _ in range(6)][-1]
     monkeypatch.setattr(time, "time", lambda: TRUE_TIME() + 61)
-    for key in app.redis.client.keys("*") if app.redis.well else ():
-        assert app.redis.client.ttl(key) <= 60  # By a clock of its own.
-        app.redis.client.delete(key)
+    redis = app.redis.windows.storage.storage if app.redis.well else None
+    for key in redis.keys("*") if redis else ():
+        assert redis.ttl(key) <= 60  # By a clock of its own.
+        redis.delete(key)
     for _ in range(5):
         assert not refused(anonymous.post("/auth/login", json={}))
 
@@ -1660,7 +1661,8 @@ def test_while_redis_does_not_answer_all_goes_on_and_it_comes_back(start, caplog
     app.REDIS_SECONDS = 0.1
     app.settings.rate_limits = "on"
     alice = start().person("alice").register()
-    with alice.socket() as live, app.redis.client.from_url(SERVICES["REDIS_URL"]) as redis:
+    redis_py = pytest.importorskip("redis")
+    with alice.socket() as live, redis_py.from_url(SERVICES["REDIS_URL"]) as redis:
         redis.execute_command("CLIENT PAUSE", 3000)
         began = time.monotonic()
         assert alice.create() == live.frame()["task"]
@@ -1669,13 +1671,13 @@ def test_while_redis_does_not_answer_all_goes_on_and_it_comes_back(start, caplog
         eventually(lambda: app.redis.well is False)
         eventually(lambda: app.redis.well)
         assert alice.create() == live.frame()["task"]
-        app.REDIS_SECONDS = 0  # Now it answers, but never in time.
+        redis.execute_command("CLIENT PAUSE", 60_000, "WRITE")  # It answers, but counts nothing.
         good(alice.get("/tasks"))
         assert app.redis.well is False
         before = subscriptions()
         eventually(lambda: subscriptions() > before + 1)
         assert app.redis.well is False
-        app.REDIS_SECONDS = DEADLINE
+        redis.execute_command("CLIENT UNPAUSE")
         eventually(lambda: app.redis.well)
     said = [text for text in caplog.messages if text.startswith("Redis")]
     assert [text[:11] for text in said[-4:]] == ["Redis fails", "Redis is we"] * 2
@@ -1761,7 +1763,7 @@ def test_a_bell_that_tells_of_what_never_came_wakes_a_stream_and_lets_it_sleep_a
     with alice.socket() as live:
         [stream] = app.broadcaster.everybody()
         server.run(ring())
-        eventually(lambda: stream.newest_seq == stream.cursor == 0)
+        eventually(lambda: stream.cursor == 0 and not stream.wake.is_set())
         assert alice.create() == live.frame()["task"]
 
 
@@ -2153,10 +2155,8 @@ def test_an_account_changes_its_email_and_with_the_old_one_its_password(alice):
     for email in ("a@example.org", None, "b@example.org"):
         changed = good(alice.patch("/users/me", json={"email": email})).json()
         assert changed == alice.user | {"email": email}
-    wrong = {"current_password": NEW}
-    assert error_of(alice.patch("/users/me", json=CHANGE | wrong), 403)["code"] == "wrong_password"
-    for half in (wrong, {"password": NEW}):
-        error_of(alice.patch("/users/me", json=half), 422)
+    for change in (CHANGE | {"current_password": NEW}, {"password": NEW}):
+        assert error_of(alice.patch("/users/me", json=change), 403)["code"] == "wrong_password"
     good(alice.patch("/users/me", json=CHANGE))
     error_of(alice.post("/auth/login", json=ALICE), 401)
     alice.password = NEW
