@@ -80,7 +80,7 @@ import sqlite3
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, nullcontext, suppress
 from datetime import UTC, date, datetime, timedelta
@@ -111,7 +111,7 @@ from sqlmodel import Field, SQLModel
 from starlette.background import BackgroundTask
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException, WebSocketException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection
@@ -268,13 +268,6 @@ def only(rows: list[Row], kind: str, key: int) -> Any:
 def unauthorized(code: str, message: str) -> ApiError:
     """401. Ref: RFC 6750 §3."""
     return ApiError(401, code, message, {"WWW-Authenticate": "Bearer"})
-
-
-def invalid(fields: Sequence[tuple[str, str]]) -> ApiError:
-    """422, with every refused (field, message); the first ten are the message."""
-    text = "; ".join(f"{field}: {message}" for field, message in fields[:10])
-    details = [{"field": field, "message": text} for field, text in fields]
-    return ApiError(422, "validation_failed", text, details=details)
 
 
 def try_later(code: str, message: str) -> ApiError:
@@ -586,20 +579,15 @@ BINARY_TEXT: Any = sa.String(collation="C").with_variant(sa.String(), "sqlite")
 
 
 class Public(SQLModel):
-    """The base of answers and tables: the string under a field is its description in /docs."""
+    """The base of tables and their answers: a string under a field describes it in /docs."""
 
     model_config = {"use_attribute_docstrings": True}
     __table_args__: Any = {"sqlite_autoincrement": True}
     __init__ = BaseModel.__init__  # SQLModel's own reads a row three times as slowly.
-
-
-class Identified(Public):
-    """What has an id, which comes from the database."""
-
     id: int = Field(primary_key=True)
 
 
-class UserPublic(Identified):
+class UserPublic(Public):
     """An account, as its owner and an admin see it."""
 
     username: str
@@ -622,7 +610,7 @@ class User(UserPublic, table=True):
     """Attachments and the texts of tasks, the folded ones included."""
 
 
-class SessionPublic(Identified):
+class SessionPublic(Public):
     """A login."""
 
     address: str
@@ -645,7 +633,7 @@ class Session(SessionPublic, table=True):
     token_hash: str | None = Field(unique=True)
 
 
-class RefreshToken(Identified, table=True):
+class RefreshToken(Public, table=True):
     """A refresh token, as a hash. A used one is kept, to notice a replay."""
 
     __tablename__ = "refresh_tokens"
@@ -655,7 +643,7 @@ class RefreshToken(Identified, table=True):
     expires_at: datetime
 
 
-class TaskPublic(Identified):
+class TaskPublic(Public):
     """A task, in the trash if `deleted_at` is set."""
 
     title: str
@@ -687,7 +675,7 @@ class Task(TaskPublic, table=True):
     idempotency_key: str | None
 
 
-class AttachmentPublic(Identified):
+class AttachmentPublic(Public):
     """A file at a task. Its ETag is its `sha256`."""
 
     task_id: int = Field(foreign_key="tasks.id", ondelete="CASCADE", index=True)
@@ -799,6 +787,7 @@ NAME["pattern"] = r"^[^\s!-,/:-@\[-\^`{-~]+$"
 Username = Annotated[str, AfterValidator(valid_username), pydantic.WithJsonSchema(NAME)]
 Password = Annotated[str, pydantic.Field(min_length=8, max_length=256), AfterValidator(uncommon)]
 Email = Annotated[str, StringConstraints(max_length=254, pattern=r"^[^@\s]+@[^@\s]+$"), Storable]
+Id = Annotated[int, pydantic.Field(ge=1, le=MAX_ID)]
 Seq = Annotated[int, pydantic.Field(ge=0, le=MAX_ID)]
 
 
@@ -885,7 +874,7 @@ class ApiTokenCreate(Body):
     """Null: never."""
 
 
-class ApiTokenPublic(Identified):
+class ApiTokenPublic(Public):
     """What is known later of a token for a script."""
 
     name: str
@@ -901,9 +890,10 @@ class ApiTokenCreated(ApiTokenPublic):
     token: str
 
 
-class TokenPair(Public):
+class TokenPair(BaseModel):
     """Send the access token as `Authorization: Bearer …`; the refresh token gets the next pair."""
 
+    model_config = {"use_attribute_docstrings": True}
     access_token: str
     refresh_token: str
     token_type: str = "bearer"
@@ -1013,7 +1003,7 @@ class TaskQuery(PageQuery):
 class AdminTaskQuery(TaskQuery):
     """The same filters, and the owner's id."""
 
-    owner_id: Annotated[int, pydantic.Field(ge=1, le=MAX_ID)] | None = None
+    owner_id: Id | None = None
 
 
 class Changes(Collection[TaskPublic]):
@@ -1176,6 +1166,7 @@ SELECT users.id, username, email, role, is_active, users.created_at, seq, scope,
 FROM sessions JOIN users ON users.id = sessions.user_id
 WHERE (sessions.id = :session_id AND user_id = :user_id OR token_hash = :token_hash)
     AND expires_at > :now AND is_active"""
+NOTE_USE = "UPDATE sessions SET last_used_at = :now WHERE id = :id"
 
 
 class Exchange:
@@ -1238,14 +1229,6 @@ async def find_caller(user_id: int, session_id: int, token_hash: str = "") -> Ca
     return CALLER.validate_python(row) if row else None
 
 
-async def note_use(session_id: int) -> None:
-    """Note that a session is used now, if the database can be written."""
-    sql = "UPDATE sessions SET last_used_at = :now WHERE id = :id"
-    with suppress(*database.failures):
-        async with database.transaction() as db:
-            await db.fetch(sql, id=session_id)
-
-
 async def authenticate(authorization: str) -> Caller:
     """Whom an Authorization header names. Errors: 401, with the next step. Ref: RFC 6750 §2.1."""
     scheme, _, token = authorization.partition(" ")
@@ -1265,7 +1248,9 @@ async def authenticate(authorization: str) -> Caller:
     if caller is None:
         raise unauthorized("session_ended", "This token's session has ended: log in.")
     if now() - caller.last_used_at > timedelta(seconds=USE_SECONDS):
-        await note_use(caller.session_id)
+        with suppress(*database.failures):  # A disk that is full can still be read.
+            async with database.transaction() as db:
+                await db.fetch(NOTE_USE, id=caller.session_id)
     return caller
 
 
@@ -1287,7 +1272,6 @@ class Redis:
 
     def __init__(self) -> None:
         self.well: bool | None = None
-        self.client: Any = None
         self.windows: Any = None
 
     def set_well(self, well: bool, why: object) -> None:
@@ -1311,12 +1295,11 @@ class Redis:
         """Two clients, which connect when they are asked. Errors: ValueError."""
         redis_py: Any = importlib.import_module("redis.asyncio")
         # Its own timeouts lose a cancellation in Python 3.11; asyncio.timeout does not.
-        self.client = redis_py.from_url(settings.redis_url, socket_timeout=None)
+        self.client: Any = redis_py.from_url(settings.redis_url, socket_timeout=None)
         self.channel = f"onefile-tasks-{token_hash(settings.secret_key)[:16]}"
         options: Row = {"socket_timeout": REDIS_SECONDS, "socket_connect_timeout": REDIS_SECONDS}
-        options["key_prefix"] = self.channel
-        storage = limits.storage.RedisStorage(settings.redis_url, **options)
-        self.windows = limits.strategies.MovingWindowRateLimiter(storage)
+        store = limits.storage.RedisStorage(settings.redis_url, key_prefix=self.channel, **options)
+        self.windows = limits.strategies.MovingWindowRateLimiter(store)
 
     def hear(self, bell: Row) -> None:
         """Ring here what another process announces."""
@@ -1327,8 +1310,7 @@ class Redis:
     async def listen(self) -> None:
         """Hear the bells of other processes, until Redis fails or this is cancelled."""
         try:
-            if self.client is None:
-                self.connect()
+            self.connect()
             async with self.client, self.client.pubsub() as bells:
                 async with asyncio.timeout(REDIS_SECONDS):
                     await bells.subscribe(**{self.channel: self.hear})
@@ -1357,11 +1339,9 @@ CurrentExchange = Annotated[Exchange, Depends(exchange_of)]
 def address_key(exchange: Exchange) -> str:
     """What counts as one address: an IPv4 address, or an IPv6 customer's /64. Ref: RFC 6177."""
     address = exchange.address.partition("%")[0].removeprefix("::ffff:")
-    try:
-        prefix = 64 if ":" in address else 32
-        return str(ipaddress.ip_network(f"{address}/{prefix}", strict=False))
-    except ValueError:
-        return "local"
+    with suppress(ValueError):  # What is not IPv6 stays as it is.
+        address = str(ipaddress.IPv6Network(f"{address}/64", strict=False))
+    return address
 
 
 def count_in(windows: Any, counts: bool, limit: Any, *key: str) -> tuple[bool, float, int]:
@@ -2063,20 +2043,22 @@ async def on_http_error(request: Request, error: Any) -> Response:
     return error_response(error, exchange_of(request).request_id)
 
 
-def refused_field(problem: Any) -> tuple[str, str]:
-    """(field, message) of what pydantic refused, without what was sent."""
+def refused_field(problem: Any) -> dict[str, str]:
+    """What pydantic refused, and why, without what was sent."""
     place = problem["loc"][1:] or problem["loc"]
     name = ".".join(map(str, place))[:100].encode("utf-8", "replace").decode()
+    message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return name, "is not known here"
-    return name, problem["msg"].removeprefix("Value error, ")
+        message = "is not known here"
+    return {"field": name, "message": message}
 
 
 async def on_validation_error(request: Request, error: Any) -> Response:
-    """What FastAPI or pydantic refused. Errors: 400; 415; 422."""
-    problems = error.errors()
-    answer = invalid([refused_field(problem) for problem in problems])
-    if problems[0]["type"] == "json_invalid":
+    """What FastAPI or pydantic refused: the first ten are the message. Errors: 400; 415; 422."""
+    details = [refused_field(problem) for problem in error.errors()]
+    text = "; ".join(f"{each['field']}: {each['message']}" for each in details[:10])
+    answer = ApiError(422, "validation_failed", text, details=details)
+    if error.errors()[0]["type"] == "json_invalid":
         answer = ApiError(400, "invalid_json", "The body is not valid JSON.")
     elif isinstance(error.body, bytes):  # FastAPI has parsed what is called JSON.
         message = "Send JSON: curl --json, or the header Content-Type: application/json."
@@ -2158,7 +2140,6 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
 # One router a resource. A docstring is the route's description in /docs. A GET counts against
 # RATE_LIMIT_READ, the rest against RATE_LIMIT_WRITE; a docstring names what counts besides.
 
-Id = Annotated[int, pydantic.Field(ge=1, le=MAX_ID)]
 IfMatch = Annotated[str | None, Header()]
 IfNew = Annotated[str | None, Header(alias="If-None-Match")]
 Responses = dict[int | str, dict[str, Any]]
@@ -2256,7 +2237,7 @@ def parse_query(request: Request) -> TaskQuery:
         return TaskQuery.model_validate({**given, **lists})
     except pydantic.ValidationError as error:
         problems = [{**each, "loc": ("query", *each["loc"])} for each in error.errors()]
-        raise invalid([refused_field(problem) for problem in problems]) from None
+        raise RequestValidationError(problems) from None
 
 
 LIST_ANSWERS: Responses = {200: {"model": TaskPage}, **NOT_MODIFIED}
@@ -2840,12 +2821,11 @@ async def add_api_token(user_id: int, body: ApiTokenCreate, session_id: int = 0)
         living = await db.fetch("SELECT id FROM sessions WHERE id = :id", id=session_id)
         if session_id and not living:
             raise unauthorized("session_ended", "Your session has ended meanwhile: log in.")
-        known = await db.fetch(LIST_API_TOKENS, user_id=user_id, never=NEVER)
-        if len(known) >= MAX_API_TOKENS:
+        await db.insert("sessions", **columns)
+        tokens = await db.fetch(LIST_API_TOKENS, user_id=user_id, never=NEVER)
+        if len(tokens) > MAX_API_TOKENS:
             raise ApiError(409, "too_many_tokens", f"You have {MAX_API_TOKENS}. Delete one first.")
-        rows = await db.insert("sessions", **columns)
-    shown = {"last_used_at": None, "expires_at": body.expires_at, "token": token}
-    return ApiTokenCreated.model_validate(rows[0] | shown)
+    return ApiTokenCreated.model_validate(tokens[-1] | {"token": token})
 
 
 @auth.get("/api_tokens")
@@ -2861,7 +2841,8 @@ async def create_api_token(body: ApiTokenCreate, user: RecentUser) -> ApiTokenCr
     Errors: 403 login_again, when the session is older than 10 minutes; 409 too_many_tokens
     """
     if body.expires_at and body.expires_at <= now():
-        raise invalid([("expires_at", "must lie in the future")])
+        problem = {"type": "past", "loc": ["expires_at"], "msg": "must lie in the future"}
+        raise RequestValidationError([problem])
     return await add_api_token(user.id, body, user.session_id)
 
 
@@ -2891,6 +2872,8 @@ async def insist_on_another_admin(db: Transaction, user_id: int) -> None:
 
 async def change_user(user_id: int, values: Row, kept_session: int = 0) -> UserPublic:
     """Change an account; a new password or disabling ends its other sessions. Errors: 404; 409."""
+    if "password" in values:
+        values["password_hash"] = await hash_password(values.pop("password"))
     columns = "".join(f", {name} = :{name}" for name in values)  # There may be none.
     sql = f"UPDATE users SET seq = seq{columns} WHERE id = :id RETURNING {USER_COLUMNS}"
     async with database.transaction() as db:
@@ -2917,11 +2900,10 @@ async def update_account(body: UserUpdate, user: LoggedInUser) -> UserPublic:
     Errors: 403 wrong_password
     Limit: account, failures only
     """
-    values = body.model_dump(include={"email"}, exclude_unset=True)
-    if body.password:
-        if not await verify_password(user.exchange, user.username, body.current_password):
-            raise ApiError(403, "wrong_password", "current_password is missing or wrong.")
-        values["password_hash"] = await hash_password(body.password)
+    current = body.current_password
+    if body.password and not await verify_password(user.exchange, user.username, current):
+        raise ApiError(403, "wrong_password", "current_password is missing or wrong.")
+    values = body.model_dump(exclude={"current_password"}, exclude_unset=True)
     return await change_user(user.id, values, kept_session=user.session_id)
 
 
@@ -2961,10 +2943,7 @@ async def read_user(user_id: Id, user: AdminUser) -> UserPublic:
 @admin.patch("/users/{user_id}")
 async def update_user(user_id: Id, body: AdminUserUpdate, _user: AdminUser) -> UserPublic:
     """Change role, `is_active` or password. Errors: 403 admin_required; 404; 409 last_admin."""
-    values = body.model_dump(exclude_unset=True, exclude={"password"})
-    if body.password:
-        values["password_hash"] = await hash_password(body.password)
-    return await change_user(user_id, values)
+    return await change_user(user_id, body.model_dump(exclude_unset=True))
 
 
 @admin.delete("/users/{user_id}", status_code=204)
@@ -3031,7 +3010,6 @@ async def read_root() -> Response:
 
 
 HELLO_SECONDS = 5.0
-CLOSE_CODES = {400: 1003, 401: 4401}
 ClientId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 
@@ -3043,15 +3021,14 @@ class Hello(Body):
 
 
 async def receive_hello(socket: WebSocket) -> Hello:
-    """The first frame. Errors: 400; 401, if it does not come in time."""
+    """The first frame. Errors: WebSocketException, which closes: 1003; 4401 if it is late."""
     try:
         async with asyncio.timeout(HELLO_SECONDS):
             return Hello.model_validate_json(await socket.receive_text())
     except TimeoutError:
-        raise unauthorized("not_authenticated", "no token came in time") from None
+        raise WebSocketException(4401, "no token came in time") from None
     except (KeyError, pydantic.ValidationError):  # KeyError: a frame of bytes.
-        message = 'the first frame is text like {"token": "…", "since": 17}'
-        raise ApiError(400, "invalid_json", message) from None
+        raise WebSocketException(1003, 'send text like {"token": "…", "since": 17}') from None
 
 
 async def watch_peer(socket: WebSocket, stream: Stream) -> None:
@@ -3089,7 +3066,7 @@ async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = No
             watching.cancel()
         end = stream.end or (1000, "")
     except ApiError as error:
-        end = (CLOSE_CODES.get(error.status_code, 1013), error.detail)
+        end = (4401 if error.status_code == 401 else 1013, error.detail)
     except (TimeoutError, *database.failures):  # The peer does not read, or the database is away.
         end = (1013, "try again later")
     await socket.close(*end)
@@ -3154,7 +3131,7 @@ async def run_command(given: argparse.Namespace) -> str:
         if user is None:
             raise SystemExit(f"There is no user {name}.")
         if given.command == "reset-password":
-            await change_user(user["id"], {"password_hash": await hash_password(ask_password())})
+            await change_user(user["id"], {"password": ask_password()})
             return f"{name} has a new password; old sessions and API tokens have ended."
         token = ApiTokenCreate(name="command line", scope=given.scope)
         created = await add_api_token(user["id"], token)
