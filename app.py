@@ -1502,11 +1502,11 @@ def live_event(task: TaskPublic) -> LiveEvent:
 
 
 class Broadcaster:
-    """The open streams of this process by user, and the reads that they share."""
+    """The open streams of this process by user, and the reads that they share, by cursor."""
 
     def __init__(self) -> None:
         self.streams: dict[int, set[Stream]] = {}
-        self.reads: dict[Any, asyncio.Task[tuple[Missed, list[LiveEvent]]]] = {}
+        self.reads: dict[int, dict[int, asyncio.Task[tuple[Missed, list[LiveEvent]]]]] = {}
 
     def everybody(self) -> list["Stream"]:
         """The open streams of all users."""
@@ -1514,6 +1514,7 @@ class Broadcaster:
 
     def ring(self, user_id: int, seq: int, client_id: str = "") -> None:
         """Tell a user's streams of news up to this seq; end what a client_id has replaced."""
+        self.reads.pop(user_id, None)  # They began before it: who wakes now reads anew.
         for stream in self.streams.get(user_id, ()):
             if seq > stream.cursor:
                 stream.wake.set()
@@ -1541,12 +1542,13 @@ class Broadcaster:
         missed = await changes_after(user_id, cursor, STREAM_BATCH)
         return missed, [live_event(task) for task in missed.tasks]
 
-    async def shared_read(self, *key: int) -> tuple[Missed, list[LiveEvent]]:
+    async def shared_read(self, user_id: int, cursor: int) -> tuple[Missed, list[LiveEvent]]:
         """The same, done once for all streams that ask for it meanwhile."""
-        if key not in self.reads:
-            self.reads[key] = asyncio.create_task(self.read(*key))
-            self.reads[key].add_done_callback(lambda _: self.reads.pop(key))
-        return await asyncio.shield(self.reads[key])
+        reads = self.reads.setdefault(user_id, {})
+        if cursor not in reads:
+            reads[cursor] = asyncio.create_task(self.read(user_id, cursor))
+            reads[cursor].add_done_callback(lambda _: reads.pop(cursor))
+        return await asyncio.shield(reads[cursor])
 
 
 broadcaster = Broadcaster()

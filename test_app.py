@@ -966,8 +966,10 @@ def contents(path: Path) -> list[str]:
         return sorted(db.iterdump())
 
 
-def test_an_upgrade_runs_each_step_once_after_a_copy(stopped, start, capsys, monkeypatch):
+def test_an_upgrade_keeps_a_copy_and_runs_each_step_once(stopped, start, capsys, monkeypatch):
     elsewhere(FOREIGN)
+    complete = set(elsewhere(DEFINITIONS))
+    elsewhere("DROP TABLE attachments; DROP INDEX ix_sessions_user_id; DROP INDEX ix_tasks_key")
     before = contents(stopped)
     monkeypatch.setattr(app, "UPGRADES", app.UPGRADES + STEPS)
     server = start()
@@ -977,6 +979,7 @@ def test_an_upgrade_runs_each_step_once_after_a_copy(stopped, start, capsys, mon
     start().stop()
     found = elsewhere("SELECT title, colour, shade FROM tasks ORDER BY id")
     assert found == [("Buy milk", "red", "old"), ("after it", "red", None)]
+    assert complete < set(elsewhere(DEFINITIONS))
     copies = [*stopped.parent.glob("tasks-*.db")]
     assert len(copies) == SQLITE  # PostgreSQL keeps no copy.
     for copy in copies:
@@ -985,23 +988,14 @@ def test_an_upgrade_runs_each_step_once_after_a_copy(stopped, start, capsys, mon
         assert os.name != "posix" or copy.stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.usefixtures("stopped")
-def test_a_start_creates_the_tables_and_indexes_that_are_not_there(start):
-    complete = set(elsewhere(DEFINITIONS))
-    elsewhere("DROP TABLE attachments; DROP INDEX ix_sessions_user_id; DROP INDEX ix_tasks_key")
-    start().stop()
-    assert complete == set(elsewhere(DEFINITIONS))
-
-
 NEWER = "UPDATE schema_version SET version = 78"
 
 
-@pytest.mark.parametrize(("sql", "said"), [("SELECT 1", "title"), (NEWER, "version 78")])
+@pytest.mark.parametrize(("sql", "said"), [("SELECT 1", "column"), (NEWER, "version 78")])
 def test_a_failed_upgrade_and_a_newer_database_stop_the_start_and_change_nothing(
     stopped, command, monkeypatch, sql, said
 ):
-    failing = [*app.UPGRADES, *STEPS, "ALTER TABLE tasks ADD COLUMN title INTEGER"]
-    monkeypatch.setattr(app, "UPGRADES", failing)
+    monkeypatch.setattr(app, "UPGRADES", [*STEPS, "ALTER TABLE tasks ADD COLUMN title INTEGER"])
     elsewhere(sql)
     before = (contents(stopped), set(elsewhere(DEFINITIONS)))
     assert re.fullmatch(f".*{said}.*", command("token alice"))
@@ -1765,6 +1759,18 @@ def test_a_bell_that_tells_of_what_never_came_wakes_a_stream_and_lets_it_sleep_a
         server.run(ring())
         eventually(lambda: stream.cursor == 0 and not stream.wake.is_set())
         assert alice.create() == live.frame()["task"]
+
+
+def test_a_read_is_shared_until_the_bell_rings(server, alice):
+    async def shared(user_id: int, rung: bool) -> bool:
+        early = asyncio.create_task(app.broadcaster.shared_read(user_id, 0))
+        await asyncio.sleep(0)
+        if rung:
+            app.broadcaster.ring(user_id, 1)
+        first, second = await asyncio.gather(early, app.broadcaster.shared_read(user_id, 0))
+        return first is second
+
+    assert [server.run(shared(alice.user["id"], rung)) for rung in (False, True)] == [True, False]
 
 
 def test_a_stream_outlives_a_read_that_fails(server, alice, monkeypatch):
@@ -2875,8 +2881,7 @@ def test_operations_are_functions_and_everything_has_a_description():
 
 
 def test_inputs_say_what_they_take_and_how_to_log_in():
-    # What pydantic calls a bound is no keyword of JSON Schema.
-    assert not re.search(r'"(le|lt|ge|gt)":', json.dumps(SCHEMA))
+    assert not re.search(r'"(le|lt|ge|gt)":', json.dumps(SCHEMA))  # Pydantic's words.
     parameters = [each.get("parameters", []) for *_, each in OPERATIONS.values()]
     ids = [each for each in itertools.chain(*parameters) if each["in"] == "path"]
     assert {each["schema"].get("minimum") for each in ids} == {1}
@@ -2897,8 +2902,7 @@ def test_inputs_say_what_they_take_and_how_to_log_in():
 
 
 # ── README ──────────────────────────────────────────────────────────────────────────────────────
-# What a document says is true, or it is a bug. Blocks marked sh run as written, in order, against a
-# server in a process of its own, and print the json that comes after them.
+# What a document says is true. Blocks marked sh run in order, and print the json after them.
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 
