@@ -205,7 +205,6 @@ def load_settings() -> Settings:
     """The settings, checked. Errors: SystemExit with one line."""
     try:
         loaded = Settings()
-        names = DotEnvSettingsSource(Settings).env_vars
     except UnicodeDecodeError:
         raise SystemExit(".env: must be text in UTF-8") from None
     except pydantic.ValidationError as error:
@@ -217,9 +216,8 @@ def load_settings() -> Settings:
     for setting, module in (("database_url", "asyncpg"), ("redis_url", "redis")):
         if getattr(loaded, setting) and importlib.util.find_spec(module) is None:
             raise SystemExit(f"{setting.upper()}: needs pip install -r deploy/requirements.txt")
-    for name in names:
-        if name not in Settings.model_fields:
-            print(f".env: {name.upper()} is no setting of Onefile Tasks", file=sys.stderr)
+    for name in DotEnvSettingsSource(Settings).env_vars.keys() - Settings.model_fields.keys():
+        print(f".env: {name.upper()} is no setting of Onefile Tasks", file=sys.stderr)
     return loaded
 
 
@@ -537,11 +535,10 @@ class PostgreSQL(Database):
         """Close every connection."""
         await self.pool.close()
 
-    async def run(self, connection: Any, sql: str, values: Row) -> list[Any]:
+    async def run(self, connection: Any, sql: str, values: Row) -> Any:
         """One statement on a connection."""
         text, names = numbered(sql)
-        rows: list[Any] = await connection.fetch(text, *[values[name] for name in names])
-        return rows
+        return await connection.fetch(text, *[values[name] for name in names])
 
     async def select(self, sql: str, values: Row, _quick: bool) -> list[Row]:
         """All rows of one statement. Whoever is cancelled or late cancels it."""
@@ -1317,8 +1314,10 @@ class Redis:
                     limit = settings.rate_limit_read
                     await asyncio.to_thread(count_in, self.windows, False, limit, "nobody")
                 self.set_well(True, "limits and live updates are shared")
-                while self.well:
+                while True:
                     await bells.get_message(timeout=REDIS_PAUSE_SECONDS)
+                    if not self.well:
+                        return
         except Exception as error:
             self.set_well(False, repr(error))
 
@@ -1896,15 +1895,13 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     """Start: logging, database, chores. Stop: end the chores, finish the writes."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt=LOG_TIME)
     log.setLevel(settings.log_level.upper())
+    chores: dict[Any, float] = {broadcaster.look: LOOK_SECONDS, clean_up: CLEANUP_SECONDS}
+    if settings.redis_url:
+        chores[redis.listen] = REDIS_PAUSE_SECONDS
     async with opened_database(), asyncio.TaskGroup() as group:
-        chores = [
-            group.create_task(every(LOOK_SECONDS, broadcaster.look)),
-            group.create_task(every(CLEANUP_SECONDS, clean_up)),
-        ]
-        if settings.redis_url:
-            chores.append(group.create_task(every(REDIS_PAUSE_SECONDS, redis.listen)))
+        running = [group.create_task(every(seconds, work)) for work, seconds in chores.items()]
         yield
-        for task in (*chores, *webhook_calls):
+        for task in (*running, *webhook_calls):
             task.cancel()
 
 
@@ -2827,7 +2824,7 @@ async def add_api_token(user_id: int, body: ApiTokenCreate, session_id: int = 0)
         tokens = await db.fetch(LIST_API_TOKENS, user_id=user_id, never=NEVER)
         if len(tokens) > MAX_API_TOKENS:
             raise ApiError(409, "too_many_tokens", f"You have {MAX_API_TOKENS}. Delete one first.")
-    return ApiTokenCreated.model_validate(tokens[-1] | {"token": token})
+        return ApiTokenCreated.model_validate(tokens[-1] | {"token": token})
 
 
 @auth.get("/api_tokens")
