@@ -290,7 +290,8 @@ READ_SECONDS = 3.0
 QUICK_SECONDS = 0.001  # What needs no more of the processor than that needs no thread.
 STATEMENT_SECONDS = 10
 UPGRADES: list[str] = []
-"""What makes of version 1 of the tables version 2, then 3, …: one statement each, for ever."""
+"""The first statement makes version 2 of version 1 of the tables, and so on: only append. After
+them, the tables and indexes that are missing are created."""
 
 sqlite3.register_adapter(datetime, lambda moment: moment.isoformat(timespec="microseconds"))
 sys.setswitchinterval(0.0005)  # Seconds that a driver's thread waits for the event loop.
@@ -339,16 +340,20 @@ class Database:
         """Keep the database as it is before an upgrade. PostgreSQL's copies are pg_dump's work."""
 
     async def upgrade(self, db: Transaction) -> None:
-        """Run the UPGRADES that the tables lack, or create them. Errors: SystemExit, if newer."""
+        """Run the UPGRADES that are missing, and create what is. Errors: SystemExit, if newer."""
         await db.fetch("CREATE TABLE IF NOT EXISTS schema_version (version BIGINT PRIMARY KEY)")
         rows = await db.fetch("SELECT max(version) AS version FROM schema_version")
         newest = 1 + len(UPGRADES)
-        version = rows[0]["version"] or newest
-        if version > newest:
-            raise SystemExit(f"the database is of version {version}, newer than this program")
-        if version < newest:
+        version = rows[0]["version"]
+        if version == newest:
+            return
+        steps = creations(self.engine)
+        if version is not None:
+            if version > newest:
+                raise SystemExit(f"the database is of version {version}, newer than this program")
             self.keep_copy()
-        for sql in UPGRADES[version - 1 :] + creations(self.engine):
+            steps = UPGRADES[version - 1 :] + steps
+        for sql in steps:
             await db.fetch(sql)
         await db.insert("schema_version", version=newest)
 
@@ -562,7 +567,7 @@ database = PostgreSQL() if settings.database_url else SQLite()
 
 # ── 4 Tables ────────────────────────────────────────────────────────────────────────────────────
 # Most tables are two classes: the public half is also the answer that clients get, the private half
-# does not leave. SQLModel creates the tables; the SQL that fills them stands where it is used.
+# does not leave. SQLModel declares the tables; the SQL that fills them stands where it is used.
 # AUTOINCREMENT: the id of something purged is never handed out again.
 
 Role = Literal["user", "admin"]
@@ -773,12 +778,14 @@ def parse_time(value: object, time_of_day: str = "23:59:59") -> datetime:
 
 
 first_moment = functools.partial(parse_time, time_of_day="00:00:00")
+last_moment = functools.partial(parse_time, time_of_day="23:59:59.999999")
 Storable = AfterValidator(storable)
 Trimmed = StringConstraints(strip_whitespace=True, min_length=1)
 Text = Annotated[str, StringConstraints(max_length=10_000), Storable]
 Title = Annotated[str, Trimmed, StringConstraints(max_length=200), Storable]
 Time = Annotated[datetime, BeforeValidator(parse_time, datetime | date)]
 FromTime = Annotated[datetime, BeforeValidator(first_moment, datetime | date)]
+ToTime = Annotated[datetime, BeforeValidator(last_moment, datetime | date)]
 NAME: Row = {"type": "string", "minLength": 3, "maxLength": 50}
 NAME["pattern"] = r"^[^\s!-,/:-@\[-\^`{-~]+$"
 Username = Annotated[str, AfterValidator(valid_username), pydantic.WithJsonSchema(NAME)]
@@ -985,7 +992,7 @@ class TaskQuery(PageQuery):
     completed: bool | None = None
     search: Annotated[str, StringConstraints(min_length=1, max_length=200), Storable] | None = None
     """Substring of title or description, whatever the case, width or accents."""
-    due_before: Time | None = None
+    due_before: ToTime | None = None
     """Inclusive; a bare date is its end."""
     due_after: FromTime | None = None
     """Inclusive; a bare date is its beginning."""
@@ -1157,6 +1164,7 @@ def load_secret_key(path: Path) -> str:
 # token's signature is remembered.
 
 USE_SECONDS = 60  # How exactly it is known when a session was last used.
+NOTE_SECONDS = 0.1  # How long a request waits to note that.
 WHO_ASKS = """
 SELECT users.id, username, email, role, is_active, users.created_at, seq, scope,
     sessions.id AS session_id, sessions.created_at AS session_created_at, last_used_at
@@ -1245,8 +1253,8 @@ async def authenticate(authorization: str) -> Caller:
     if caller is None:
         raise unauthorized("session_ended", "This token's session has ended: log in.")
     if now() - caller.last_used_at > timedelta(seconds=USE_SECONDS):
-        with suppress(*database.failures):  # A disk that is full can still be read.
-            async with database.transaction() as db:
+        with suppress(*database.failures):  # Who reads waits for no disk that is full or busy.
+            async with asyncio.timeout(NOTE_SECONDS), database.transaction() as db:
                 await db.fetch(NOTE_USE, id=caller.session_id)
     return caller
 
@@ -1740,11 +1748,11 @@ async def changing(user: Caller, size: int = 0) -> AsyncIterator[Change]:
         rows = await db.fetch(TAKE_SEQ, user_id=user.id, session_id=user.session_id, size=size)
         if not rows:
             raise unauthorized("session_ended", "Your session has ended meanwhile: log in.")
-        insist_on_room(rows[0]["storage_bytes"], size)
         user.seq = rows[0]["seq"]
         user.answer_with(ETag=f'"{user.seq}"')  # The version of what is written now.
         change = Change(db, user, size)
         yield change
+        insist_on_room(rows[0]["storage_bytes"], size)  # A replay has left before.
     for task in change.written:
         tell_webhook(task)
     await broadcaster.announce(user.id, user.seq)
@@ -2528,6 +2536,12 @@ async def list_attachments(task: OwnedTask) -> Collection[AttachmentPublic]:
     return Collection(data=await database.read(task.owner_id, sql, id=task.id))
 
 
+ADD_ATTACHMENT = f"""
+INSERT INTO attachments (task_id, filename, content_type, size_bytes, sha256, content, created_at)
+VALUES (:task_id, :filename, :content_type, :size_bytes, :sha256, :content, :created_at)
+RETURNING {ATTACHMENT_COLUMNS}"""
+
+
 @tasks.post("/{task_id:task_id}/attachments", status_code=201, openapi_extra={"requestBody": FORM})
 async def attach_file(
     task: OwnedTask, user: CurrentUser, request: Request, if_match: IfMatch = None
@@ -2544,7 +2558,7 @@ async def attach_file(
             raise ApiError(409, "too_many_attachments", f"A task has at most {MAX_ATTACHMENTS}.")
         await change.update(task, {"attachments": task.attachments + 1})
         this = {"task_id": task.id, "created_at": change.moment}
-        rows = await change.db.insert("attachments", **file, **this)
+        rows = await change.db.fetch(ADD_ATTACHMENT, **file, **this)
     etag = f'"{rows[0]["sha256"]}"'
     user.answer_with(Location=f"{BASE}/attachments/{rows[0]['id']}", ETag=etag)
     return AttachmentPublic.model_validate(rows[0])
@@ -2815,16 +2829,17 @@ async def add_api_token(user_id: int, body: ApiTokenCreate, session_id: int = 0)
     moment = now()
     columns = {**body.model_dump(), "user_id": user_id, "address": "", "user_agent": ""}
     columns |= {"token_hash": token_hash(token), "expires_at": body.expires_at or NEVER}
-    columns |= {"created_at": moment, "last_used_at": moment - timedelta(days=1)}  # Never yet.
+    columns |= {"created_at": moment, "last_used_at": moment - timedelta(days=1)}  # Not yet.
     async with database.transaction(user_id) as db:
         living = await db.fetch("SELECT id FROM sessions WHERE id = :id", id=session_id)
         if session_id and not living:
             raise unauthorized("session_ended", "Your session has ended meanwhile: log in.")
-        await db.insert("sessions", **columns)
-        tokens = await db.fetch(LIST_API_TOKENS, user_id=user_id, never=NEVER)
-        if len(tokens) > MAX_API_TOKENS:
+        known = await db.fetch(LIST_API_TOKENS, user_id=user_id, never=NEVER)
+        if len(known) >= MAX_API_TOKENS:
             raise ApiError(409, "too_many_tokens", f"You have {MAX_API_TOKENS}. Delete one first.")
-        return ApiTokenCreated.model_validate(tokens[-1] | {"token": token})
+        rows = await db.insert("sessions", **columns)
+    shown = {"last_used_at": None, "expires_at": body.expires_at, "token": token}
+    return ApiTokenCreated.model_validate(rows[0] | shown)
 
 
 @auth.get("/api_tokens")
@@ -2873,7 +2888,7 @@ async def change_user(user_id: int, values: Row, kept_session: int = 0) -> UserP
     """Change an account; a new password or disabling ends its other sessions. Errors: 404; 409."""
     if "password" in values:
         values["password_hash"] = await hash_password(values.pop("password"))
-    columns = "".join(f", {name} = :{name}" for name in values)  # There may be none.
+    columns = "".join(f", {name} = :{name}" for name in values)  # seq, as there may be none.
     sql = f"UPDATE users SET seq = seq{columns} WHERE id = :id RETURNING {USER_COLUMNS}"
     async with database.transaction() as db:
         if values.get("role") == "user" or values.get("is_active") is False:

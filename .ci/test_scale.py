@@ -316,7 +316,7 @@ def test_of_the_last_two_admins_who_demote_each_other_one_stays(fleet):
 
 
 def test_chores_of_four_processes_at_once_do_not_get_in_each_others_way(start, postgresql):
-    change = f"{CHEAP_PASSWORDS}; app.CLEANUP_SECONDS = 0.05; app.USES_SECONDS = 0.02"
+    change = f"{CHEAP_PASSWORDS}; app.CLEANUP_SECONDS = 0.05; app.USE_SECONDS = 0.02"
     servers = start(4, postgresql.fresh("chores"), change, TRASH_DAYS="0")
     people = [Person(servers) for _ in range(4)]
 
@@ -401,6 +401,7 @@ def test_missing_tables_and_indexes_are_created_once_and_all_else_is_left_alone(
         "CREATE TABLE foreign_table (id int)",
         "ALTER TABLE users ADD COLUMN foreign_column text DEFAULT 'kept'",
         "CREATE INDEX foreign_index ON users (foreign_column)",
+        "UPDATE schema_version SET version = 0",
     ):
         postgresql.sql(statement, "earlier")
     servers = start(3, url)
