@@ -1325,7 +1325,7 @@ class Redis:
                 while True:
                     await bells.get_message(timeout=REDIS_PAUSE_SECONDS)
                     if not self.well:
-                        return
+                        raise OSError("a request has found that it fails")
         except Exception as error:
             self.set_well(False, repr(error))
 
