@@ -1312,6 +1312,11 @@ class Redis:
         if process != PROCESS:
             broadcaster.ring(int(user_id), int(seq), client_id)
 
+    def insist(self) -> None:
+        """Errors: OSError, if a request has found that Redis fails."""
+        if not self.well:
+            raise OSError("a request met a failure")
+
     async def listen(self) -> None:
         """Hear the bells of other processes, until Redis fails or this is cancelled."""
         try:
@@ -1324,8 +1329,7 @@ class Redis:
                 self.set_well(True, "limits and live updates are shared")
                 while True:
                     await bells.get_message(timeout=REDIS_PAUSE_SECONDS)
-                    if not self.well:
-                        raise OSError("a request has found that it fails")
+                    self.insist()
         except Exception as error:
             self.set_well(False, repr(error))
 
