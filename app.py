@@ -279,10 +279,10 @@ def resync_required() -> ApiError:
 
 
 # ── 3 Database ──────────────────────────────────────────────────────────────────────────────────
-# SQL is constant text, in words that SQLite and PostgreSQL share, without an ORM. Building a
-# statement costs more than running it, and so does a hop to a driver's thread, so a short read runs
-# in the event loop. On SQLite all who wait to write share one COMMIT: a durable one costs a flush
-# of the disk, however many writes it carries.
+# SQL is text, in words that SQLite and PostgreSQL share, without an ORM; only names of columns and
+# filters are put together. A hop to a driver's thread costs more than most statements, so a short
+# read runs in the event loop. On SQLite all who wait to write share one COMMIT: a durable one costs
+# a flush of the disk, however many writes it carries.
 
 CONNECTIONS = 8
 READS_PER_USER = 2
@@ -421,7 +421,7 @@ class SQLite(Database):
         self.place = (settings.data_dir / "tasks.db").absolute()
         self.place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.place.touch(0o600)
-        with closing(self.connect()) as first:  # Here: a thread's failure would outlive the loop.
+        with closing(self.connect()) as first:  # Fails here: a thread would outlive the loop.
             first.execute("PRAGMA journal_mode=WAL")
         async with aiosqlite.Connection(self.connect, 64) as connection:
             await connection.execute("BEGIN IMMEDIATE")  # One process upgrades, the others wait.
@@ -1234,6 +1234,13 @@ async def find_caller(user_id: int, session_id: int, token_hash: str = "") -> Ca
     return CALLER.validate_python(row) if row else None
 
 
+async def note_use(session_id: int) -> None:
+    """Note that a session is used now, unless the database cannot be written."""
+    with suppress(*database.failures):
+        async with database.transaction() as db:
+            await db.fetch(NOTE_USE, id=session_id)
+
+
 async def authenticate(authorization: str) -> Caller:
     """Whom an Authorization header names. Errors: 401, with the next step. Ref: RFC 6750 §2.1."""
     scheme, _, token = authorization.partition(" ")
@@ -1253,9 +1260,9 @@ async def authenticate(authorization: str) -> Caller:
     if caller is None:
         raise unauthorized("session_ended", "This token's session has ended: log in.")
     if now() - caller.last_used_at > timedelta(seconds=USE_SECONDS):
-        with suppress(*database.failures):  # Who reads waits for no disk that is full or busy.
-            async with asyncio.timeout(NOTE_SECONDS), database.transaction() as db:
-                await db.fetch(NOTE_USE, id=caller.session_id)
+        # It goes on if it takes longer: who reads waits for no disk that is busy.
+        noting = asyncio.create_task(note_use(caller.session_id))
+        await asyncio.wait([noting], timeout=NOTE_SECONDS)
     return caller
 
 
@@ -1315,7 +1322,7 @@ class Redis:
     def insist(self) -> None:
         """Errors: OSError, if a request has found that Redis fails."""
         if not self.well:
-            raise OSError("a request met a failure")
+            raise OSError("a request has met a failure")
 
     async def listen(self) -> None:
         """Hear the bells of other processes, until Redis fails or this is cancelled."""
@@ -1591,7 +1598,7 @@ class Stream:
             return []
         if missed.stale(self.cursor, self.known_purge):
             return [LiveEvent(missed.seq, "resync_required", '{"type":"resync_required"}')]
-        if missed.has_more:
+        if missed.has_more:  # Then there is no reason to sleep.
             self.wake.set()
         elif not events:  # A purge takes a seq and leaves no task.
             self.cursor = missed.seq
@@ -2892,7 +2899,7 @@ async def change_user(user_id: int, values: Row, kept_session: int = 0) -> UserP
     """Change an account; a new password or disabling ends its other sessions. Errors: 404; 409."""
     if "password" in values:
         values["password_hash"] = await hash_password(values.pop("password"))
-    columns = "".join(f", {name} = :{name}" for name in values)  # seq, as there may be none.
+    columns = "".join(f", {name} = :{name}" for name in values)  # There may be none.
     sql = f"UPDATE users SET seq = seq{columns} WHERE id = :id RETURNING {USER_COLUMNS}"
     async with database.transaction() as db:
         if values.get("role") == "user" or values.get("is_active") is False:

@@ -36,6 +36,18 @@ def state(server: Server) -> list[list[Any]]:
     return run_sql(server, "SELECT * FROM users ORDER BY id", "SELECT * FROM sessions ORDER BY id")
 
 
+def test_who_reads_waits_for_no_writer(serve):
+    server = serve(f"{CHEAP_PASSWORDS}; app.USE_SECONDS = -1")  # Each request notes its use.
+    alice = server.person("alice")
+    path = server.folder / "data" / "tasks.db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        good(alice.get("/tasks"), 200)
+        assert time.monotonic() - began < 5  # The database itself would wait for 10 s.
+    good(alice.post("/tasks", json={"title": "x"}), 201)
+
+
 @pytest.mark.parametrize("change", MEANWHILE)
 def test_who_logs_in_is_nobody_if_the_account_changes_while_bcrypt_compares(serve, change):
     server = serve(SLOW_PASSWORDS)
