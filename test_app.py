@@ -1925,9 +1925,9 @@ def test_every_answer_has_its_headers(alice, limit, method, path, status, option
     assert answer.headers.get(LIMIT_HEADERS[0]) == limit
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert answer.headers["X-Request-ID"]
-    policy = answer.headers["Content-Security-Policy"]
-    assert ("'self'" if path.endswith("/docs") else "default-src 'none'") in policy
-    assert "frame-ancestors 'none'" in policy
+    policy = answer.headers.get("Content-Security-Policy", "")
+    assert ("default-src 'self'" in policy) == path.endswith("/docs")
+    assert ("frame-ancestors 'none'" in policy) == path.endswith("/docs")
     assert not re.search(r"\*|http|unsafe-eval", policy)
 
 
