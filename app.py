@@ -336,7 +336,7 @@ class Database:
     # Each database has its own: all rows of one statement. A quick one is tried without a thread.
     select: Callable[[str, Row, bool], Coroutine[Any, Any, list[Row]]]
 
-    def keep_copy(self) -> None:
+    def keep_copy(self, _version: int) -> None:
         """Keep the database as it is before an upgrade. PostgreSQL's copies are pg_dump's work."""
 
     async def upgrade(self, db: Transaction) -> None:
@@ -351,7 +351,7 @@ class Database:
         if version is not None:
             if version > newest:
                 raise SystemExit(f"the database is of version {version}, newer than this program")
-            self.keep_copy()
+            self.keep_copy(version)
             steps = UPGRADES[version - 1 :] + steps
         for sql in steps:
             await db.fetch(sql)
@@ -448,9 +448,10 @@ class SQLite(Database):
             connection.execute(f"PRAGMA {pragma}")
         return connection
 
-    def keep_copy(self) -> None:
+    def keep_copy(self, version: int) -> None:
         """Copy the database as it is before an upgrade. Errors: OSError, sqlite3.Error."""
-        copy = self.place.with_name(f"tasks-{now():%Y%m%dT%H%M%S%f}.db")
+        copy = self.place.with_name(f"tasks-version-{version}.db")
+        copy.unlink(missing_ok=True)  # Of a start that failed.
         copy.touch(0o600)
         with closing(self.connect()) as connection:
             connection.execute("VACUUM INTO ?", [str(copy)])
@@ -1811,6 +1812,14 @@ def tell_webhook(task: TaskPublic) -> None:
         call.add_done_callback(webhook_calls.discard)
 
 
+@functools.cache
+def certificates() -> Any:
+    """Whom HTTPS trusts. To load them takes 20 ms, for each client if it is not told."""
+    import httpx
+
+    return httpx.create_ssl_context()
+
+
 async def call_webhook(text: str) -> None:
     """Four signed tries with one id, so that a repeat can be dropped. Ref: Standard Webhooks."""
     import httpx
@@ -1824,8 +1833,7 @@ async def call_webhook(text: str) -> None:
         headers = {"webhook-id": key, "webhook-timestamp": str(int(moment.timestamp()))}
         headers |= {"webhook-signature": signature, "content-type": "application/json"}
         with suppress(httpx.HTTPError, httpx.InvalidURL, TimeoutError):
-            fresh_client = await asyncio.to_thread(httpx.AsyncClient)  # It loads certificates.
-            async with asyncio.timeout(10), fresh_client as client:
+            async with asyncio.timeout(10), httpx.AsyncClient(verify=certificates()) as client:
                 answer = await client.post(settings.webhook_url, content=text, headers=headers)
             if answer.is_success:
                 return
@@ -2842,6 +2850,12 @@ SELECT id, name, scope, created_at,
 FROM sessions WHERE user_id = :user_id AND scope IS NOT NULL AND expires_at > :now ORDER BY id"""
 
 
+async def insist_on_session(db: Transaction, session_id: int) -> None:
+    """Errors: 401, if this session has ended meanwhile; 0 is the command line, or an admin."""
+    if session_id and not await db.fetch("SELECT id FROM sessions WHERE id = :id", id=session_id):
+        raise unauthorized("session_ended", "Your session has ended meanwhile: log in.")
+
+
 async def add_api_token(user_id: int, body: ApiTokenCreate, session_id: int = 0) -> ApiTokenCreated:
     """A token that its owner sees once; here only its hash stays.
 
@@ -2853,9 +2867,7 @@ async def add_api_token(user_id: int, body: ApiTokenCreate, session_id: int = 0)
     columns |= {"token_hash": token_hash(token), "expires_at": body.expires_at or NEVER}
     columns |= {"created_at": moment, "last_used_at": moment - timedelta(days=1)}  # Not yet.
     async with database.transaction(user_id) as db:
-        living = await db.fetch("SELECT id FROM sessions WHERE id = :id", id=session_id)
-        if session_id and not living:
-            raise unauthorized("session_ended", "Your session has ended meanwhile: log in.")
+        await insist_on_session(db, session_id)
         known = await db.fetch(LIST_API_TOKENS, user_id=user_id, never=NEVER)
         if len(known) >= MAX_API_TOKENS:
             raise ApiError(409, "too_many_tokens", f"You have {MAX_API_TOKENS}. Delete one first.")
@@ -2907,7 +2919,10 @@ async def insist_on_another_admin(db: Transaction, user_id: int) -> None:
 
 
 async def change_user(user_id: int, values: Row, kept_session: int = 0) -> UserPublic:
-    """Change an account; a new password or disabling ends its other sessions. Errors: 404; 409."""
+    """Change an account; a new password or disabling ends its other sessions.
+
+    Errors: 401, if the kept one has ended meanwhile; 404; 409 last_admin
+    """
     if "password" in values:
         values["password_hash"] = await hash_password(values.pop("password"))
     columns = "".join(f", {name} = :{name}" for name in values)  # There may be none.
@@ -2916,6 +2931,7 @@ async def change_user(user_id: int, values: Row, kept_session: int = 0) -> UserP
         if values.get("role") == "user" or values.get("is_active") is False:
             await insist_on_another_admin(db, user_id)
         user = only(await db.fetch(sql, id=user_id, **values), "user", user_id)
+        await insist_on_session(db, kept_session)  # Its row is locked now: nobody ends it any more.
         if "password_hash" in values or not user["is_active"]:
             await db.fetch(END_SESSIONS_BUT, user_id=user_id, kept_session=kept_session)
     return UserPublic.model_validate(user)

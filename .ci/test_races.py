@@ -63,6 +63,21 @@ def test_who_logs_in_is_nobody_if_the_account_changes_while_bcrypt_compares(serv
     assert state(server) == before
 
 
+def test_a_reset_password_holds_if_its_user_changes_theirs_meanwhile(serve):
+    server = serve(SLOW_PASSWORDS)
+    alice = server.person("alice")
+    with ThreadPoolExecutor(1) as pool:
+        change = {"password": f"{PASSWORD}!", "current_password": PASSWORD}
+        answer = pool.submit(alice.patch, "/users/me", json=change)
+        time.sleep(0.3)
+        assert not answer.done()
+        reset = "UPDATE users SET password_hash = 'reset' WHERE username = 'alice'"
+        run_sql(server, reset, "DELETE FROM sessions")
+        good(answer.result(), 401)
+    sql = "SELECT password_hash FROM users WHERE username = 'alice'"
+    assert run_sql(server, sql) == [[("reset",)]]
+
+
 def test_whoever_logs_out_while_their_file_arrives_is_nobody(server):
     alice = server.person("alice")
     task = good(alice.post("/tasks", json={"title": "Files"}), 201).json()
