@@ -2537,12 +2537,12 @@ async def uploaded_file(request: Request) -> Row:
     max_bytes = settings.max_upload_mib * MIB
     exchange_of(request).max_body_bytes += max_bytes  # A form has an envelope around its file.
     files = []
-    with suppress(KeyError, MultiPartException):  # It is no form, or a broken one.
-        form = await FormParser(request.headers, request.stream()).parse()
+    with suppress(KeyError, MultiPartException):  # It is no form, a broken one, or of two files.
+        form = await FormParser(request.headers, request.stream(), max_files=1).parse()
         sent = [value for value in form.values() if isinstance(value, UploadFile)]
         files = [(file.filename or "", await file.read()) for file in sent]
         await form.close()
-    if len(files) != 1:
+    if not files:
         raise ApiError(400, "invalid_form", "Send a form with one file: curl -F file=@NAME.")
     name, content = files[0]
     with suppress(LookupError, ValueError, email.errors.MessageError):  # Ref: RFC 2047

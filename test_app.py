@@ -2564,7 +2564,7 @@ def test_an_upload_is_a_form_with_one_file_of_5_mib(alice):
     bare = whole | {"headers": {"Content-Type": "multipart/form-data"}}
     two = [("file", ("a.txt", b"a")), ("other", ("b.txt", b"b"))]
     broken = [{"files": {"file": (None, b"x")}}, {"files": two}, whole | {"content": b"x"}, bare]
-    broken += [{"json": {}}, {"data": {"file": "x"}}]
+    broken += [{"json": {}}, {"data": {"file": "x"}}, {"files": two[:1] * 2}]
     for request in broken:
         error = error_of(alice.post("/tasks/1/attachments", **request), 400)
         assert error["code"] == "invalid_form", request
