@@ -2459,12 +2459,10 @@ async def stream_events(stream: OpenStream) -> AsyncIterator[ServerSentEvent]:
 
 COUNT_TASKS = """
 SELECT status, priority, count(*) AS total,
+    CASE WHEN completed_at >= :since THEN substr(CAST(completed_at AS VARCHAR), 1, 10) END AS day,
     count(CASE WHEN NOT completed AND due_date < :now THEN 1 END) AS overdue,
     count(CASE WHEN NOT completed AND due_date BETWEEN :now AND :soon THEN 1 END) AS due_in_7_days
-FROM tasks WHERE owner_id = :user_id AND deleted_at IS NULL GROUP BY status, priority"""
-COMPLETED_PER_DAY = """
-SELECT substr(CAST(completed_at AS VARCHAR), 1, 10) AS day, count(*) AS total FROM tasks
-WHERE owner_id = :user_id AND deleted_at IS NULL AND completed_at >= :since GROUP BY day"""
+FROM tasks WHERE owner_id = :user_id AND deleted_at IS NULL GROUP BY status, priority, day"""
 
 
 @tasks.get("/statistics")
@@ -2473,11 +2471,9 @@ async def read_statistics(user: CurrentUser) -> Statistics:
     moment = now()
     first_day = moment.replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=29)
     counts: Counter[str] = Counter()
-    for group in await user.read(COUNT_TASKS, soon=moment + timedelta(days=7)):
+    for group in await user.read(COUNT_TASKS, since=first_day, soon=moment + timedelta(days=7)):
         counts.update({name: group[name] for name in ("total", "overdue", "due_in_7_days")})
-        counts.update({group["status"]: group["total"], group["priority"]: group["total"]})
-    rows = await user.read(COMPLETED_PER_DAY, since=first_day)
-    completed = Counter({row["day"]: row["total"] for row in rows})
+        counts.update({group[name]: group["total"] for name in ("status", "priority", "day")})
     days = [str((first_day + timedelta(days=passed)).date()) for passed in range(30)]
     return Statistics(
         total=counts["total"],
@@ -2486,7 +2482,7 @@ async def read_statistics(user: CurrentUser) -> Statistics:
         overdue=counts["overdue"],
         due_in_7_days=counts["due_in_7_days"],
         completion_rate=round(counts["done"] / max(1, counts["total"]), 4),
-        completed_per_day=[DayCount(date=day, count=completed[day]) for day in days],
+        completed_per_day=[DayCount(date=day, count=counts[day]) for day in days],
     )
 
 
