@@ -2638,12 +2638,12 @@ async def verify_password(exchange: Exchange, name: str, password: str) -> Row |
     return None
 
 
-async def issue_tokens(db: Transaction, user_id: int, session_id: int, end: datetime) -> TokenPair:
-    """The next tokens of a session."""
+async def issue_tokens(db: Transaction, session: Row) -> TokenPair:
+    """The next tokens of a session. The refresh token ends with it."""
     token = secrets.token_urlsafe(32)
-    hashed = token_hash(token)
-    await db.insert("refresh_tokens", session_id=session_id, token_hash=hashed, expires_at=end)
-    access = encode_access_token(user_id, session_id)
+    columns = {"session_id": session["id"], "expires_at": session["expires_at"]}
+    await db.insert("refresh_tokens", token_hash=token_hash(token), **columns)
+    access = encode_access_token(session["user_id"], session["id"])
     seconds = settings.access_token_minutes * 60
     return TokenPair(access_token=access, refresh_token=token, expires_in=seconds)
 
@@ -2669,7 +2669,7 @@ async def start_session(exchange: Exchange, user_id: int, password_hash: str = "
         if not await db.fetch(STILL_VERIFIED, id=user_id, password_hash=password_hash):
             raise unauthorized("invalid_credentials", "The account has just changed: try again.")
         rows = await db.insert("sessions", user_id=user_id, **times, **client_columns(exchange))
-        return await issue_tokens(db, user_id, rows[0]["id"], end)
+        return await issue_tokens(db, rows[0])
 
 
 @auth.post("/register", status_code=201, dependencies=[limited("register")])
@@ -2705,16 +2705,15 @@ LOCK_SESSION = """
 UPDATE sessions SET last_used_at = :now, expires_at = :end, address = :address,
     user_agent = :user_agent
 WHERE id = (SELECT session_id FROM refresh_tokens WHERE token_hash = :token_hash)
-    AND expires_at > :now AND created_at > :oldest RETURNING id, user_id"""
+    AND expires_at > :now AND created_at > :oldest RETURNING *"""
 USE_REFRESH_TOKEN = """
 UPDATE refresh_tokens SET used_at = :now
 WHERE token_hash = :token_hash AND used_at IS NULL AND expires_at > :now RETURNING id"""
 END_REPLAYED_SESSION = """
 DELETE FROM sessions WHERE id = (
     SELECT session_id FROM refresh_tokens AS this WHERE token_hash = :token_hash
-        AND (used_at > :now OR used_at < :a_second_ago OR EXISTS (
-            SELECT 1 FROM refresh_tokens AS later WHERE later.session_id = this.session_id
-                AND later.id > this.id AND later.used_at IS NOT NULL)))"""
+        AND (used_at > :now OR used_at < :a_second_ago OR id < (SELECT max(id)
+            FROM refresh_tokens WHERE session_id = this.session_id AND used_at IS NOT NULL)))"""
 
 
 @auth.post("/refresh", dependencies=[limited("refresh")])
@@ -2728,7 +2727,6 @@ async def refresh(body: RefreshRequest, exchange: CurrentExchange) -> TokenPair:
     Limit: refresh per address
     Ref: RFC 9700 §4.14.2
     """
-    tokens = None
     end = now() + timedelta(days=settings.refresh_token_days)
     this = {"token_hash": token_hash(body.refresh_token), "end": end, **client_columns(exchange)}
     this["oldest"] = now() - timedelta(days=SESSION_DAYS)
@@ -2737,16 +2735,9 @@ async def refresh(body: RefreshRequest, exchange: CurrentExchange) -> TokenPair:
         # The session is locked before its token, as a logout does it: neither waits for the other.
         sessions = await db.fetch(LOCK_SESSION, **this)
         if sessions and await db.fetch(USE_REFRESH_TOKEN, **this):  # Of racing ones, one gets it.
-            tokens = await issue_tokens(db, sessions[0]["user_id"], sessions[0]["id"], end)
-        else:
-            await db.fetch(END_REPLAYED_SESSION, **this)
-    if tokens is None:
-        raise unauthorized("invalid_refresh_token", "This refresh token is not valid: log in.")
-    return tokens
-
-
-TokenForm = Annotated[TokenRequest, Form()]
-REFUSAL: Responses = {400: {"model": OAuthError}}
+            return await issue_tokens(db, sessions[0])
+        await db.fetch(END_REPLAYED_SESSION, **this)
+    raise unauthorized("invalid_refresh_token", "This refresh token is not valid: log in.")
 
 
 @auth.post("/token", dependencies=[limited("login")], response_model=TokenPair, responses=REFUSAL)
@@ -2795,9 +2786,8 @@ async def log_out(request: Request, exchange: CurrentExchange) -> None:
         with suppress(pydantic.ValidationError):
             token = RefreshRequest.model_validate_json(await request.body()).refresh_token
         async with database.transaction() as db:
-            ended = await db.fetch(END_SESSION_OF_TOKEN, token_hash=token_hash(token))
-        if not ended:
-            raise
+            if not await db.fetch(END_SESSION_OF_TOKEN, token_hash=token_hash(token)):
+                raise
 
 
 @auth.post("/logout_all", status_code=204)
