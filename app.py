@@ -2216,16 +2216,7 @@ SORT_KEYS = {  # Where it is not the column itself.
     "status": "CASE status WHEN 'todo' THEN 0 WHEN 'in_progress' THEN 1 ELSE 2 END",
     "title": "title_key",
 }
-
-
-@functools.cache
-def select_tasks(filters: tuple[str, ...], deleted: bool, sort: str, order: str) -> str:
-    """The statement of a page with its total. Ties break by id, so that pages never overlap."""
-    where = " AND ".join([FILTERS[name] for name in filters] + [TRASH[deleted]])
-    return f"""
-SELECT {TASK_COLUMNS}, (SELECT count(*) FROM tasks WHERE {where}) AS total
-FROM tasks WHERE {where}
-ORDER BY {SORT_KEYS.get(sort, sort)} {order}, id {order} LIMIT :limit OFFSET :offset"""
+TaskPage = Page[TaskPublic]
 
 
 async def page_of(user: Caller, path: str, query: PageQuery, sql: str, **values: Any) -> Any:
@@ -2245,17 +2236,19 @@ async def page_of(user: Caller, path: str, query: PageQuery, sql: str, **values:
     return {"data": rows, "meta": {**dict(query), "total": total, "pages": pages}}
 
 
-TaskPage = Page[TaskPublic]
-
-
 async def page_of_tasks(user: Caller, path: str, query: TaskQuery, **more: Any) -> TaskPage:
-    """One page of tasks. Errors: 503 too_slow."""
+    """One page of tasks. Ties break by id, so that pages never overlap. Errors: 503 too_slow."""
     values = query.model_dump(include=set(FILTERS), exclude_defaults=True) | more
+    where = " AND ".join([FILTERS[name] for name in values] + [TRASH[query.deleted]])
+    sort_key = SORT_KEYS.get(query.sort, query.sort)
+    sql = f"""
+SELECT {TASK_COLUMNS}, (SELECT count(*) FROM tasks WHERE {where}) AS total
+FROM tasks WHERE {where}
+ORDER BY {sort_key} {query.order}, id {query.order} LIMIT :limit OFFSET :offset"""
     for name in values.keys() & {"status", "priority"}:
         values[name] = ",".join(values[name])
     if query.search:
         values["search"] = "%" + re.sub("([!%_])", r"!\1", folded(query.search)) + "%"
-    sql = select_tasks(tuple(values), query.deleted, query.sort, query.order)
     return TaskPage.model_validate(await page_of(user, path, query, sql, **values))
 
 
