@@ -2585,7 +2585,7 @@ async def attach_file(
 
 attachments = resource(prefix=f"{API}/attachments", tags=["attachments"])
 FIND_ATTACHMENT = """
-SELECT attachments.* FROM attachments JOIN tasks ON tasks.id = task_id
+SELECT attachments.*, version FROM attachments JOIN tasks ON tasks.id = task_id
 WHERE attachments.id = :id AND owner_id = :user_id AND deleted_at IS NULL"""
 CONTENTS: Row = {media_type: {} for media_type, _ in FILE_KINDS.values()}
 DOWNLOAD: Responses = {200: {"description": "The file", "content": CONTENTS}, **NOT_MODIFIED}
@@ -2594,8 +2594,7 @@ DOWNLOAD: Responses = {200: {"description": "The file", "content": CONTENTS}, **
 @attachments.get("/{attachment_id}", response_class=Response, responses=DOWNLOAD)
 async def download_attachment(attachment_id: Id, user: CurrentUser) -> Response:
     """The file, as a download. Errors: 404 absent or not yours. Ref: RFC 6266."""
-    rows = await user.read(FIND_ATTACHMENT, id=attachment_id)
-    file = only(rows, "attachment", attachment_id)
+    file = only(await user.read(FIND_ATTACHMENT, id=attachment_id), "attachment", attachment_id)
     user.offer_etag(f'"{file["sha256"]}"')
     plain = re.sub(r"[^A-Za-z0-9 ._-]", "_", file["filename"])
     exact = quote(file["filename"], safe="")
@@ -2608,8 +2607,7 @@ async def download_attachment(attachment_id: Id, user: CurrentUser) -> Response:
 async def delete_attachment(attachment_id: Id, user: CurrentUser) -> None:
     """Delete a file for good; its task gets its next version. Errors: 404 absent or not yours."""
     async with changing(user) as change:
-        rows = await change.db.fetch(FIND_ATTACHMENT, id=attachment_id, user_id=user.id)
-        file = only(rows, "attachment", attachment_id)
+        file = await change.find("attachment", FIND_ATTACHMENT, attachment_id, None)
         task = await change.task(file["task_id"])
         await change.db.fetch("DELETE FROM attachments WHERE id = :id", id=attachment_id)
         await change.update(task, {"attachments": task.attachments - 1})
@@ -2765,6 +2763,20 @@ LOGOUT = {"requestBody": LOGOUT_BODY, "security": OPTIONAL}
 END_SESSION_OF_TOKEN = """
 DELETE FROM sessions
 WHERE id IN (SELECT session_id FROM refresh_tokens WHERE token_hash = :token_hash) RETURNING id"""
+LIST_SESSIONS = f"""
+SELECT {SESSION_COLUMNS}, id = :session_id AS current FROM sessions
+WHERE user_id = :user_id AND scope IS NULL AND expires_at > :now
+ORDER BY last_used_at DESC, id DESC"""
+END_OWN_SESSION = """
+DELETE FROM sessions
+WHERE id = :id AND user_id = :user_id AND (scope IS NOT NULL) = :is_token RETURNING id"""
+
+
+async def end_own_session(user: Caller, session_id: int, kind: str) -> None:
+    """End a "session", which is a login, or an "api_token" of the caller. Errors: 404."""
+    values = {"id": session_id, "user_id": user.id, "is_token": kind == "api_token"}
+    async with database.transaction() as db:
+        only(await db.fetch(END_OWN_SESSION, **values), kind, session_id)
 
 
 @auth.post("/logout", status_code=204, openapi_extra=LOGOUT)
@@ -2791,28 +2803,10 @@ async def log_out_everywhere(user: LoggedInUser) -> None:
         await db.fetch(sql, user_id=user.id)
 
 
-LIST_SESSIONS = f"""
-SELECT {SESSION_COLUMNS}, id = :session_id AS current FROM sessions
-WHERE user_id = :user_id AND scope IS NULL AND expires_at > :now
-ORDER BY last_used_at DESC, id DESC"""
-
-
 @auth.get("/sessions")
 async def list_sessions(user: LoggedInUser) -> Collection[SessionListed]:
     """The caller's logins, last used first."""
     return Collection(data=await user.read(LIST_SESSIONS, session_id=user.session_id))
-
-
-END_OWN_SESSION = """
-DELETE FROM sessions
-WHERE id = :id AND user_id = :user_id AND (scope IS NOT NULL) = :is_token RETURNING id"""
-
-
-async def end_own_session(user: Caller, session_id: int, kind: str) -> None:
-    """End a "session", which is a login, or an "api_token" of the caller. Errors: 404."""
-    values = {"id": session_id, "user_id": user.id, "is_token": kind == "api_token"}
-    async with database.transaction() as db:
-        only(await db.fetch(END_OWN_SESSION, **values), kind, session_id)
 
 
 @auth.delete("/sessions/{session_id}", status_code=204)
@@ -2836,15 +2830,11 @@ async def insist_on_session(db: Transaction, session_id: int) -> None:
 
 
 async def add_api_token(user_id: int, body: ApiTokenCreate, session_id: int = 0) -> ApiTokenCreated:
-    """A token that its owner sees once; here only its hash stays.
-
-    Errors: 401, if it came by a session that has ended meanwhile; 409 too_many_tokens
-    """
+    """A token that its owner sees once. Errors: 401, if its session has ended meanwhile; 409."""
     token = API_TOKEN_PREFIX + secrets.token_urlsafe(32)
-    moment = now()
     columns = {**body.model_dump(), "user_id": user_id, "address": "", "user_agent": ""}
     columns |= {"token_hash": token_hash(token), "expires_at": body.expires_at or NEVER}
-    columns |= {"created_at": moment, "last_used_at": moment - timedelta(days=1)}  # Not yet.
+    columns |= {"created_at": now(), "last_used_at": now() - timedelta(days=1)}  # Not yet.
     async with database.transaction(user_id) as db:
         await insist_on_session(db, session_id)
         known = await db.fetch(LIST_API_TOKENS, user_id=user_id, never=NEVER)
@@ -2892,8 +2882,7 @@ async def read_account(user: CurrentUser) -> UserPublic:
 
 async def insist_on_another_admin(db: Transaction, user_id: int) -> None:
     """Errors: 409, if this user is the last active admin."""
-    admins = await db.fetch(LOCK_ADMINS)
-    if [admin["id"] for admin in admins] == [user_id]:
+    if await db.fetch(LOCK_ADMINS) == [{"id": user_id}]:
         raise ApiError(409, "last_admin", "The last active admin stays.")
 
 
