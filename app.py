@@ -2177,6 +2177,13 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
 
 IfMatch = Annotated[str | None, Header()]
 IfNew = Annotated[str | None, Header(alias="If-None-Match")]
+Key = Annotated[str | None, Header(alias="Idempotency-Key", pattern=r"^[\x21-\x7e]{1,255}$")]
+Since = Annotated[str, Query(pattern=r"^[0-9]{1,18}(~[0-9]{1,18})?$")]
+ChangesLimit = Annotated[int, Query(ge=1, le=1000)]
+Cursor = Annotated[Seq | None, Query()]
+LastEventId = Annotated[Seq | None, Header(alias="Last-Event-ID")]
+PolyfillsId = Annotated[Seq | None, Query(alias="lastEventId")]
+TokenForm = Annotated[TokenRequest, Form()]
 Responses = dict[int | str, dict[str, Any]]
 BASE = settings.root_path + API
 
@@ -2190,10 +2197,11 @@ class TaskIdConvertor(StringConvertor):
 register_url_convertor("task_id", TaskIdConvertor())
 # Without a model, of which FastAPI would make two for each route.
 ERROR: Row = {"content": {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/Error"}}}}
-ERRORS: Responses = {
-    "4XX": {"description": "The request is refused", **ERROR},
-    "5XX": {"description": "The server failed", **ERROR},
-}
+FAILURES = {"4XX": "The request is refused", "5XX": "The server failed"}
+ERRORS: Responses = {each: {"description": FAILURES[each], **ERROR} for each in FAILURES}
+NOT_MODIFIED: Responses = {304: {"description": "Unchanged: If-None-Match names its ETag"}}
+REPLAYED: Responses = {200: {"model": TaskPublic, "description": "Created before, by the same key"}}
+REFUSAL: Responses = {400: {"model": OAuthError}}
 resource = functools.partial(
     APIRouter, responses=ERRORS, generate_unique_id_function=lambda route: route.name
 )
@@ -2252,13 +2260,6 @@ ORDER BY {sort_key} {query.order}, id {query.order} LIMIT :limit OFFSET :offset"
     return TaskPage.model_validate(await page_of(user, path, query, sql, **values))
 
 
-cached_pages: dict[tuple[int, bytes], tuple[int, bytes, str]] = {}
-"""By user and query: the user's seq, the page encoded, its Link. Right as long as the seq stays."""
-MAX_CACHED_PAGES = 1000
-MAX_CACHED_BYTES = 32 * 1024  # Of one page.
-NOT_MODIFIED: Responses = {304: {"description": "Unchanged: If-None-Match names its ETag"}}
-
-
 def parse_query(request: Request) -> TaskQuery:
     """The filters of a list, all at once: FastAPI takes them one by one, for 70 µs. Errors: 422."""
     given = request.query_params
@@ -2270,12 +2271,15 @@ def parse_query(request: Request) -> TaskQuery:
         raise RequestValidationError(problems) from None
 
 
-LIST_ANSWERS: Responses = {200: {"model": TaskPage}, **NOT_MODIFIED}
+cached_pages: dict[tuple[int, bytes], tuple[int, bytes, str]] = {}
+"""By user and query: the user's seq, the page encoded, its Link. Right as long as the seq stays."""
+MAX_CACHED_PAGES = 1000
+MAX_CACHED_BYTES = 32 * 1024  # Of one page.
 FIELDS = TaskQuery.model_json_schema()["properties"]  # What `parse_query` reads, for /docs.
-PARAMETERS = [{"name": name, "in": "query", "schema": FIELDS[name]} for name in FIELDS]
+QUERY = {"parameters": [{"name": name, "in": "query", "schema": FIELDS[name]} for name in FIELDS]}
 
 
-@tasks.get("", responses=LIST_ANSWERS, openapi_extra={"parameters": PARAMETERS})
+@tasks.get("", response_model=TaskPage, responses=NOT_MODIFIED, openapi_extra=QUERY)
 async def list_tasks(user: CurrentUser, request: Request) -> Response:
     """The caller's tasks, newest first: filters are ANDed. No ETag with `overdue`: time changes it.
 
@@ -2299,10 +2303,6 @@ async def list_tasks(user: CurrentUser, request: Request) -> Response:
             cached_pages[key] = (user.seq, body, link)
     user.answer_with(Link=link)
     return Response(body, media_type=JSON_TYPE)
-
-
-Key = Annotated[str | None, Header(alias="Idempotency-Key", pattern=r"^[\x21-\x7e]{1,255}$")]
-REPLAYED: Responses = {200: {"model": TaskPublic, "description": "Created before, by the same key"}}
 
 
 @tasks.post("", status_code=201, responses=REPLAYED)
@@ -2393,10 +2393,6 @@ async def restore_task(task_id: Id, user: CurrentUser, if_match: IfMatch = None)
         return await change.update(task, {"deleted_at": None})
 
 
-Since = Annotated[str, Query(pattern=r"^[0-9]{1,18}(~[0-9]{1,18})?$")]
-ChangesLimit = Annotated[int, Query(ge=1, le=1000)]
-
-
 @tasks.get("/changes")
 async def list_changes(user: CurrentUser, since: Since = "0", limit: ChangesLimit = 500) -> Changes:
     """Delta sync: what changed after `since`, trashed tasks included, oldest change first.
@@ -2414,11 +2410,6 @@ async def list_changes(user: CurrentUser, since: Since = "0", limit: ChangesLimi
     last = missed.tasks[-1].version if missed.has_more else missed.seq
     next_since = f"{last}~{missed.purged_seq}" if last < missed.purged_seq else last
     return Changes(data=missed.tasks, next_since=next_since, has_more=missed.has_more)
-
-
-Cursor = Annotated[Seq | None, Query()]
-LastEventId = Annotated[Seq | None, Header(alias="Last-Event-ID")]
-PolyfillsId = Annotated[Seq | None, Query(alias="lastEventId")]
 
 
 async def event_stream(
@@ -2616,6 +2607,10 @@ async def delete_attachment(attachment_id: Id, user: CurrentUser) -> None:
 
 auth = resource(prefix=f"{API}/auth", tags=["auth"])
 FIND_USER = f"SELECT {USER_COLUMNS}, password_hash FROM users WHERE username_key = :username_key"
+# After a registration no password was verified: then it is ''.
+STILL_VERIFIED = """
+UPDATE users SET seq = seq
+WHERE id = :id AND is_active AND :password_hash IN ('', password_hash) RETURNING id"""
 
 
 async def verify_password(exchange: Exchange, name: str, password: str) -> Row | None:
@@ -2643,12 +2638,6 @@ def client_columns(exchange: Exchange) -> Row:
     """Who uses a session, from where."""
     agent = exchange.request_headers.get("user-agent", "")[:200]
     return {"address": exchange.address, "user_agent": agent}
-
-
-# After a registration no password was verified: then it is ''.
-STILL_VERIFIED = """
-UPDATE users SET seq = seq
-WHERE id = :id AND is_active AND :password_hash IN ('', password_hash) RETURNING id"""
 
 
 async def start_session(exchange: Exchange, user_id: int, password_hash: str = "") -> TokenPair:
