@@ -2876,10 +2876,7 @@ async def insist_on_another_admin(db: Transaction, user_id: int) -> None:
 
 
 async def change_user(user_id: int, values: Row, kept_session: int = 0) -> UserPublic:
-    """Change an account; a new password or disabling ends its other sessions.
-
-    Errors: 401, if the kept one has ended meanwhile; 404; 409 last_admin
-    """
+    """Change an account. Errors: 401, if the kept session has ended meanwhile; 404; 409."""
     if "password" in values:
         values["password_hash"] = await hash_password(values.pop("password"))
     columns = "".join(f", {name} = :{name}" for name in values)  # There may be none.
