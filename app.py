@@ -2749,23 +2749,16 @@ async def grant_token(form: TokenForm, exchange: CurrentExchange) -> TokenPair |
 OPTIONAL: list[Row] = [{"login": []}, {}]
 LOGOUT_BODY = {"content": {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/RefreshRequest"}}}}
 LOGOUT = {"requestBody": LOGOUT_BODY, "security": OPTIONAL}
-END_SESSION_OF_TOKEN = """
-DELETE FROM sessions
-WHERE id IN (SELECT session_id FROM refresh_tokens WHERE token_hash = :token_hash) RETURNING id"""
 LIST_SESSIONS = f"""
 SELECT {SESSION_COLUMNS}, id = :session_id AS current FROM sessions
 WHERE user_id = :user_id AND scope IS NULL AND expires_at > :now
 ORDER BY last_used_at DESC, id DESC"""
-END_OWN_SESSION = """
-DELETE FROM sessions
-WHERE id = :id AND user_id = :user_id AND (scope IS NOT NULL) = :is_token RETURNING id"""
 
 
-async def end_own_session(user: Caller, session_id: int, kind: str) -> None:
-    """End a "session", which is a login, or an "api_token" of the caller. Errors: 404."""
-    values = {"id": session_id, "user_id": user.id, "is_token": kind == "api_token"}
+async def end_sessions(where: str, **values: Any) -> list[Row]:
+    """End logins or API tokens at once, with all that came by them. Returns their ids."""
     async with database.transaction() as db:
-        only(await db.fetch(END_OWN_SESSION, **values), kind, session_id)
+        return await db.fetch(f"DELETE FROM sessions WHERE {where} RETURNING id", **values)
 
 
 @auth.post("/logout", status_code=204, openapi_extra=LOGOUT)
@@ -2774,22 +2767,20 @@ async def log_out(request: Request, exchange: CurrentExchange) -> None:
     header = request.headers.get("authorization", "")
     try:
         user = await logged_in_user(await counted_caller(exchange, "write", header))
-        await end_own_session(user, user.session_id, "session")
+        only(await end_sessions("id = :id", id=user.session_id), "session", user.session_id)
     except ApiError:
         token = ""
         with suppress(pydantic.ValidationError):
             token = RefreshRequest.model_validate_json(await request.body()).refresh_token
-        async with database.transaction() as db:
-            if not await db.fetch(END_SESSION_OF_TOKEN, token_hash=token_hash(token)):
-                raise
+        where = "id IN (SELECT session_id FROM refresh_tokens WHERE token_hash = :token_hash)"
+        if not await end_sessions(where, token_hash=token_hash(token)):
+            raise
 
 
 @auth.post("/logout_all", status_code=204)
 async def log_out_everywhere(user: LoggedInUser) -> None:
     """End every session of the caller; API tokens stay."""
-    sql = "DELETE FROM sessions WHERE user_id = :user_id AND scope IS NULL"
-    async with database.transaction() as db:
-        await db.fetch(sql, user_id=user.id)
+    await end_sessions("user_id = :user_id AND scope IS NULL", user_id=user.id)
 
 
 @auth.get("/sessions")
@@ -2801,7 +2792,8 @@ async def list_sessions(user: LoggedInUser) -> Collection[SessionListed]:
 @auth.delete("/sessions/{session_id}", status_code=204)
 async def end_session(session_id: Id, user: LoggedInUser) -> None:
     """End one login. Errors: 404 absent or not yours."""
-    await end_own_session(user, session_id, "session")
+    where = "id = :id AND user_id = :user_id AND scope IS NULL"
+    only(await end_sessions(where, id=session_id, user_id=user.id), "session", session_id)
 
 
 MAX_API_TOKENS = 100
@@ -2855,7 +2847,8 @@ async def create_api_token(body: ApiTokenCreate, user: RecentUser) -> ApiTokenCr
 @auth.delete("/api_tokens/{token_id}", status_code=204)
 async def delete_api_token(token_id: Id, user: LoggedInUser) -> None:
     """End a token at once, its streams included. Errors: 404 absent or not yours."""
-    await end_own_session(user, token_id, "api_token")
+    where = "id = :id AND user_id = :user_id AND scope IS NOT NULL"
+    only(await end_sessions(where, id=token_id, user_id=user.id), "api_token", token_id)
 
 
 account = resource(prefix=f"{API}/users/me", tags=["users"])
