@@ -2202,10 +2202,8 @@ ERRORS: Responses = {each: {"description": FAILURES[each], **ERROR} for each in 
 NOT_MODIFIED: Responses = {304: {"description": "Unchanged: If-None-Match names its ETag"}}
 REPLAYED: Responses = {200: {"model": TaskPublic, "description": "Created before, by the same key"}}
 REFUSAL: Responses = {400: {"model": OAuthError}}
-resource = functools.partial(
-    APIRouter, responses=ERRORS, generate_unique_id_function=lambda route: route.name
-)
-tasks = resource(prefix=f"{API}/tasks", tags=["tasks"])
+ROUTER: Any = {"responses": ERRORS, "generate_unique_id_function": lambda route: route.name}
+tasks = APIRouter(prefix=f"{API}/tasks", tags=["tasks"], **ROUTER)
 TRASH = {True: "deleted_at IS NOT NULL", False: "deleted_at IS NULL"}
 FILTERS = {
     "owner_id": "owner_id = :owner_id",
@@ -2574,7 +2572,7 @@ async def attach_file(
     return AttachmentPublic.model_validate(rows[0])
 
 
-attachments = resource(prefix=f"{API}/attachments", tags=["attachments"])
+attachments = APIRouter(prefix=f"{API}/attachments", tags=["attachments"], **ROUTER)
 FIND_ATTACHMENT = """
 SELECT attachments.*, version FROM attachments JOIN tasks ON tasks.id = task_id
 WHERE attachments.id = :id AND owner_id = :user_id AND deleted_at IS NULL"""
@@ -2605,7 +2603,7 @@ async def delete_attachment(attachment_id: Id, user: CurrentUser) -> None:
         await change.grow(-file["size_bytes"])
 
 
-auth = resource(prefix=f"{API}/auth", tags=["auth"])
+auth = APIRouter(prefix=f"{API}/auth", tags=["auth"], **ROUTER)
 FIND_USER = f"SELECT {USER_COLUMNS}, password_hash FROM users WHERE username_key = :username_key"
 # After a registration no password was verified: then it is ''.
 STILL_VERIFIED = """
@@ -2851,7 +2849,7 @@ async def delete_api_token(token_id: Id, user: LoggedInUser) -> None:
     only(await end_sessions(where, id=token_id, user_id=user.id), "api_token", token_id)
 
 
-account = resource(prefix=f"{API}/users/me", tags=["users"])
+account = APIRouter(prefix=f"{API}/users/me", tags=["users"], **ROUTER)
 LOCK_ADMINS = "UPDATE users SET seq = seq WHERE role = 'admin' AND is_active RETURNING id"
 END_SESSIONS_BUT = "DELETE FROM sessions WHERE user_id = :user_id AND id <> :kept_session"
 
@@ -2912,7 +2910,7 @@ async def delete_account(user: RecentUser) -> None:
     await remove_user(user.id)
 
 
-admin = resource(prefix=f"{API}/admin", tags=["admin"])
+admin = APIRouter(prefix=f"{API}/admin", tags=["admin"], **ROUTER)
 LIST_USERS = f"""
 SELECT {USER_COLUMNS}, (SELECT count(*) FROM users) AS total FROM users
 ORDER BY id LIMIT :limit OFFSET :offset"""
@@ -2963,7 +2961,7 @@ async def start_cleanup(_user: AdminUser) -> Response:
     return Response(None, 202, background=BackgroundTask(clean_up))
 
 
-health = resource(tags=["health"])
+health = APIRouter(tags=["health"], **ROUTER)
 
 
 @health.get("/health")
