@@ -209,10 +209,9 @@ def load_settings() -> Settings:
         raise SystemExit(".env: must be text in UTF-8") from None
     except pydantic.ValidationError as error:
         raise SystemExit(first_problem(error)) from None
-    if loaded.database_url and not loaded.secret_key:
-        raise SystemExit("SECRET_KEY: must be set, because DATABASE_URL is")
-    if loaded.webhook_url and not loaded.webhook_secret:
-        raise SystemExit("WEBHOOK_SECRET: must be set, because WEBHOOK_URL is")
+    for given, secret in (("database_url", "secret_key"), ("webhook_url", "webhook_secret")):
+        if getattr(loaded, given) and not getattr(loaded, secret):
+            raise SystemExit(f"{secret.upper()}: must be set, because {given.upper()} is")
     for setting, module in (("database_url", "asyncpg"), ("redis_url", "redis")):
         if getattr(loaded, setting) and importlib.util.find_spec(module) is None:
             raise SystemExit(f"{setting.upper()}: needs pip install -r deploy/requirements.txt")
@@ -251,15 +250,10 @@ def error_response(error: HTTPException, request_id: str) -> Response:
     return JSONResponse({"error": body}, error.status_code, error.headers)
 
 
-def not_found(kind: str, key: int) -> ApiError:
-    """404, the same for absent and for somebody else's, so that ids tell nothing."""
-    return ApiError(404, f"{kind}_not_found", f"No {kind.replace('_', ' ')} {key}.")
-
-
 def only(rows: list[Row], kind: str, key: int) -> Any:
-    """The one row that a statement found, as what is wanted of it. Errors: 404."""
+    """The one row found. Errors: 404, for somebody else's as for absent: ids tell nothing."""
     if not rows:
-        raise not_found(kind, key)
+        raise ApiError(404, f"{kind}_not_found", f"No {kind.replace('_', ' ')} {key}.")
     return rows[0]
 
 
@@ -297,11 +291,10 @@ sqlite3.register_adapter(datetime, lambda moment: moment.isoformat(timespec="mic
 sys.setswitchinterval(0.0005)  # Seconds that a driver's thread waits for the event loop.
 
 
-class Transaction:
+class Transaction(NamedTuple):
     """An open transaction, which runs its statements by `run(sql, values)`."""
 
-    def __init__(self, run: Callable[[str, Row], Awaitable[Iterable[Any]]]) -> None:
-        self.run = run
+    run: Callable[[str, Row], Awaitable[Iterable[Any]]]
 
     async def fetch(self, sql: str, **values: Any) -> list[Row]:
         """Run one statement; the rows that it selects or returns. :now is always there."""
@@ -312,16 +305,6 @@ class Transaction:
         values = ", ".join(f":{name}" for name in columns)
         sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({values})"
         return await self.fetch(f"{sql} ON CONFLICT DO NOTHING RETURNING *", **columns)
-
-
-def creations(engine: str) -> list[str]:
-    """The statements that create each table and index, where it is not there."""
-    dialect = sa.make_url(f"{engine}://").get_dialect()()
-    tables = SQLModel.metadata.sorted_tables
-    steps: list[Any] = [sa.schema.CreateTable(table, if_not_exists=True) for table in tables]
-    indexes = [index for table in tables for index in table.indexes]
-    steps += [sa.schema.CreateIndex(index, if_not_exists=True) for index in indexes]
-    return [str(step.compile(dialect=dialect)) for step in steps]
 
 
 read_turns: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
@@ -347,20 +330,23 @@ class Database:
         version = rows[0]["version"]
         if version == newest:
             return
-        steps = creations(self.engine)
         if version is not None:
             if version > newest:
                 raise SystemExit(f"the database is of version {version}, newer than this program")
             self.keep_copy(version)
-            steps = UPGRADES[version - 1 :] + steps
-        for sql in steps:
-            await db.fetch(sql)
+            for sql in UPGRADES[version - 1 :]:
+                await db.fetch(sql)
+        dialect = sa.make_url(f"{self.engine}://").get_dialect()()
+        for table in SQLModel.metadata.sorted_tables:
+            steps: list[Any] = [sa.schema.CreateTable(table, if_not_exists=True)]
+            steps += [sa.schema.CreateIndex(index, if_not_exists=True) for index in table.indexes]
+            for step in steps:
+                await db.fetch(str(step.compile(dialect=dialect)))
         await db.insert("schema_version", version=newest)
 
-    async def lookup(self, sql: str, **values: Any) -> Row | None:
-        """One row by key, which is quick whoever asks."""
-        rows = await self.select(sql, values, True)
-        return rows[0] if rows else None
+    async def lookup(self, sql: str, **values: Any) -> list[Row]:
+        """The row of a key, if there is one: that is quick, whoever asks."""
+        return await self.select(sql, values, True)
 
     async def read(self, user_id: int, sql: str, quick: bool = False, **values: Any) -> list[Any]:
         """All rows of one statement: two at once for a user, 3 s each. Errors: 503 too_slow.
@@ -374,40 +360,6 @@ class Database:
                 return await self.select(sql, values, quick)
         except TimeoutError:
             raise try_later("too_slow", "This took too long. Ask for less.") from None
-
-
-class Group:
-    """The transactions that share one BEGIN and one COMMIT, each in a savepoint of its own.
-
-    The first one creates the commit as a task, which queues for the same lock as the bodies: so it
-    runs when everybody who waited has had their turn, and whoever comes later is in the next group.
-    """
-
-    def __init__(self, database: "SQLite") -> None:
-        self.database = database
-        self.lost = False
-        self.begun = asyncio.create_task(database.writer.execute("BEGIN IMMEDIATE"))
-        self.committed = asyncio.create_task(self.commit())
-
-    async def undo(self) -> None:
-        """Undo one body. A full disk has rolled back everybody's: then the whole group is lost."""
-        try:
-            await self.database.writer.execute("ROLLBACK TO body")
-        except sqlite3.Error:
-            self.lost = True
-
-    async def commit(self) -> None:
-        """Commit once for all. Errors: sqlite3.Error, and then nothing of the group is there."""
-        async with self.database.write_turn:
-            self.database.group = None
-            await self.begun
-            try:
-                if self.lost:
-                    raise sqlite3.OperationalError("the transaction was rolled back")
-                await self.database.writer.commit()
-            except sqlite3.Error:
-                await self.database.writer.rollback()
-                raise
 
 
 class SQLite(Database):
@@ -437,7 +389,7 @@ class SQLite(Database):
         for _ in range(CONNECTIONS):
             self.readers.put_nowait(await aiosqlite.Connection(connect_reader, 64))
         self.write_turn = asyncio.Lock()
-        self.group: Group | None = None
+        self.committed: asyncio.Task[None] | None = None
 
     def connect(self, query_only: str = "OFF") -> sqlite3.Connection:
         """A connection whose transactions are begun by hand."""
@@ -488,24 +440,53 @@ class SQLite(Database):
             await reader.interrupt()
             self.readers.put_nowait(reader)
 
+    async def undo(self) -> None:
+        """Undo one body. A full disk has rolled back everybody's: then the whole group is lost."""
+        try:
+            await self.writer.execute("ROLLBACK TO body")
+        except sqlite3.Error:
+            self.lost = True
+
+    async def commit(self) -> None:
+        """Commit once for all. Errors: sqlite3.Error, and then nothing of the group is there."""
+        async with self.write_turn:
+            self.committed = None
+            await self.begun
+            try:
+                if self.lost:
+                    raise sqlite3.OperationalError("the transaction was rolled back")
+                await self.writer.commit()
+            except sqlite3.Error:
+                await self.writer.rollback()
+                raise
+
     @asynccontextmanager
     async def transaction(self, _user_id: int = 0) -> AsyncIterator[Transaction]:
-        """A durable transaction: when the block has ended it is committed, or raises."""
-        group = None
+        """A durable transaction: when the block has ended it is committed, or raises.
+
+        Those who wait share one BEGIN and one COMMIT, each body in a savepoint of its own. The
+        first one creates the commit, which queues for the same lock: so it runs when everybody who
+        waited has had their turn, and whoever comes later is in the next group.
+        """
+        committed = None
         try:
             async with self.write_turn:
                 self.check()
-                group = self.group = self.group or Group(self)
-                await asyncio.shield(group.begun)
+                if self.committed is None:
+                    self.lost = False
+                    self.begun = asyncio.create_task(self.writer.execute("BEGIN IMMEDIATE"))
+                    self.committed = asyncio.create_task(self.commit())
+                committed = self.committed
+                await asyncio.shield(self.begun)
                 await self.writer.execute("SAVEPOINT body")
                 try:
                     yield Transaction(self.writer.execute_fetchall)
                 except BaseException:
-                    await asyncio.shield(group.undo())
+                    await asyncio.shield(self.undo())
                     raise
         finally:  # Whoever failed waits, too: a 404 may speak of rows that are not committed yet.
-            if group:
-                await asyncio.shield(group.committed)
+            if committed:
+                await asyncio.shield(committed)
 
 
 @functools.cache
@@ -531,7 +512,7 @@ class PostgreSQL(Database):
     async def open(self) -> None:
         """Connect; one process upgrades, the others wait. Errors: `failures`; SystemExit."""
         options = {"dsn": self.url, "timeout": STATEMENT_SECONDS, "min_size": 0, "max_size": 16}
-        options["server_settings"] = {"timezone": "UTC"}  # COMPLETED_PER_DAY prints a time.
+        options["server_settings"] = {"timezone": "UTC"}  # COUNT_TASKS prints a time.
         unlimited = self.driver.create_pool(**options)
         async with unlimited as pool, pool.acquire() as connection, connection.transaction():
             await connection.fetch("SELECT pg_advisory_xact_lock(1)")
@@ -714,7 +695,6 @@ LIST = "owner_id deleted_at created_at id due_date completed completed_at status
 sa.Index("ix_tasks_list", *[of_task[name] for name in LIST.split()])
 
 USER_COLUMNS = ", ".join(UserPublic.model_fields)
-SESSION_COLUMNS = ", ".join(SessionPublic.model_fields)
 TASK_COLUMNS = ", ".join(f"tasks.{name}" for name in TaskPublic.model_fields)
 ATTACHMENT_COLUMNS = ", ".join(AttachmentPublic.model_fields)
 TASK = pydantic.TypeAdapter(TaskPublic)
@@ -1114,8 +1094,8 @@ password_workers = ThreadPoolExecutor(os.cpu_count() or 1, "password")
 """Never more hashes at once than cores, and none in the event loop: one takes 0.2 s."""
 
 
-async def by_worker(work: Callable[[bytes, bytes], T], password: str, salt: bytes) -> T:
-    """Run bcrypt beside the event loop, on 64 bytes made of all: it reads 72, and no NUL."""
+async def run_bcrypt(work: Callable[[bytes, bytes], T], password: str, salt: bytes) -> T:
+    """Hash or check beside the event loop, on 64 bytes made of all: bcrypt reads 72, and no NUL."""
     digest = hashlib.sha256(b"onefile-tasks " + unicodedata.normalize("NFKC", password).encode())
     known = digest.hexdigest().encode()
     return await asyncio.get_running_loop().run_in_executor(password_workers, work, known, salt)
@@ -1123,12 +1103,7 @@ async def by_worker(work: Callable[[bytes, bytes], T], password: str, salt: byte
 
 async def hash_password(password: str) -> str:
     """Salted bcrypt of 2^BCRYPT_COST rounds."""
-    return (await by_worker(bcrypt.hashpw, password, bcrypt.gensalt(BCRYPT_COST))).decode()
-
-
-async def password_matches(password: str, password_hash: str) -> bool:
-    """Compare in constant time."""
-    return await by_worker(bcrypt.checkpw, password, password_hash.encode())
+    return (await run_bcrypt(bcrypt.hashpw, password, bcrypt.gensalt(BCRYPT_COST))).decode()
 
 
 def token_hash(token: str) -> str:
@@ -1181,7 +1156,6 @@ SELECT users.id, username, email, role, is_active, users.created_at, seq, scope,
 FROM sessions JOIN users ON users.id = sessions.user_id
 WHERE (sessions.id = :session_id AND user_id = :user_id OR token_hash = :token_hash)
     AND expires_at > :now AND is_active"""
-NOTE_USE = "UPDATE sessions SET last_used_at = :now WHERE id = :id"
 
 
 class Exchange:
@@ -1191,9 +1165,8 @@ class Exchange:
         self.request_headers = Headers(scope=scope)
         # A Link repeats it, between < and >.
         self.query_string = scope["query_string"].decode("latin-1").replace(">", "%3E")
-        given = self.request_headers.get("x-request-id", "")
-        allowed = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given)
-        self.request_id = given if allowed else secrets.token_hex(8)
+        given = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.request_headers.get("x-request-id", ""))
+        self.request_id = given[0] if given else secrets.token_hex(8)
         self.address: str = (scope.get("client") or ["local"])[0]  # TRUSTED_PROXIES may name it.
         self.user_id: int | None = None
         self.max_body_bytes = settings.max_body_kib * 1024
@@ -1240,15 +1213,15 @@ CALLER = pydantic.TypeAdapter(Caller)
 async def find_caller(user_id: int, session_id: int, token_hash: str = "") -> Caller | None:
     """The living session of these ids, or of this API token's hash, and its user."""
     this = {"user_id": user_id, "session_id": session_id, "token_hash": token_hash}
-    row = await database.lookup(WHO_ASKS, now=now(), **this)
-    return CALLER.validate_python(row) if row else None
+    rows = await database.lookup(WHO_ASKS, now=now(), **this)
+    return CALLER.validate_python(rows[0]) if rows else None
 
 
 async def note_use(session_id: int) -> None:
     """Note that a session is used now, unless the database cannot be written."""
     with suppress(*database.failures):
         async with database.transaction() as db:
-            await db.fetch(NOTE_USE, id=session_id)
+            await db.fetch("UPDATE sessions SET last_used_at = :now WHERE id = :id", id=session_id)
 
 
 async def authenticate(authorization: str) -> Caller:
@@ -1292,9 +1265,8 @@ class Redis:
     Nothing is lost without it: each process counts for itself, and streams look for themselves.
     """
 
-    def __init__(self) -> None:
-        self.well: bool | None = None
-        self.windows: Any = None
+    well: bool | None = None
+    windows: Any = None
 
     def set_well(self, well: bool, why: object) -> None:
         """Remember whether it is well: one line in the log each way."""
@@ -1304,14 +1276,13 @@ class Redis:
 
     async def attempt(self, work: Callable[..., Awaitable[T]], *values: Any) -> T | None:
         """What this says within 100 ms. None if Redis is not well, or fails."""
-        if not self.well:
-            return None
-        try:
-            async with asyncio.timeout(REDIS_SECONDS):
-                return await work(*values)
-        except Exception as error:
-            self.set_well(False, repr(error))
-            return None
+        if self.well:
+            try:
+                async with asyncio.timeout(REDIS_SECONDS):
+                    return await work(*values)
+            except Exception as error:
+                self.set_well(False, repr(error))
+        return None
 
     def connect(self) -> None:
         """Two clients, which connect when they are asked. Errors: ValueError."""
@@ -1329,24 +1300,17 @@ class Redis:
         if process != PROCESS:
             broadcaster.ring(int(user_id), int(seq), client_id)
 
-    def insist(self) -> None:
-        """Errors: OSError, if a request has found that Redis fails."""
-        if not self.well:
-            raise OSError("a request has met a failure")
-
     async def listen(self) -> None:
-        """Hear the bells of other processes, until Redis fails or this is cancelled."""
+        """Hear the bells of other processes, until Redis fails, here or in a request."""
         try:
             self.connect()
             async with self.client, self.client.pubsub() as bells:
                 async with asyncio.timeout(REDIS_SECONDS):
                     await bells.subscribe(**{self.channel: self.hear})
-                    limit = settings.rate_limit_read
-                    await asyncio.to_thread(count_in, self.windows, False, limit, "nobody")
+                    await asyncio.to_thread(self.windows.test, settings.rate_limit_read, "nobody")
                 self.set_well(True, "limits and live updates are shared")
-                while True:
+                while self.well:
                     await bells.get_message(timeout=REDIS_PAUSE_SECONDS)
-                    self.insist()
         except Exception as error:
             self.set_well(False, repr(error))
 
@@ -2328,10 +2292,8 @@ async def create_task(
 
 async def owned_task(task_id: Id, user: CurrentUser) -> TaskPublic:
     """The caller's task, not in the trash. Errors: 404 absent or not yours."""
-    row = await database.lookup(FIND_TASK, id=task_id, user_id=user.id, trash=False)
-    if row is None:
-        raise not_found("task", task_id)
-    return TASK.validate_python(row)
+    rows = await database.lookup(FIND_TASK, id=task_id, user_id=user.id, trash=False)
+    return TASK.validate_python(only(rows, "task", task_id))
 
 
 OwnedTask = Annotated[TaskPublic, Depends(owned_task)]
@@ -2615,9 +2577,10 @@ async def verify_password(exchange: Exchange, name: str, password: str) -> Row |
     """The user of that name and password; an unknown name costs the same time. Errors: 429."""
     key = username_key(name)
     await count(exchange, "account", key, counts=False)
-    user = await database.lookup(FIND_USER, username_key=key)
-    if await password_matches(password, user["password_hash"] if user else UNKNOWN_USER_HASH):
-        return user
+    users = await database.lookup(FIND_USER, username_key=key)
+    known = users[0]["password_hash"] if users else UNKNOWN_USER_HASH
+    if await run_bcrypt(bcrypt.checkpw, password, known.encode()):
+        return users[0]
     await count(exchange, "account", key)
     return None
 
@@ -2747,8 +2710,8 @@ async def grant_token(form: TokenForm, exchange: CurrentExchange) -> TokenPair |
 OPTIONAL: list[Row] = [{"login": []}, {}]
 LOGOUT_BODY = {"content": {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/RefreshRequest"}}}}
 LOGOUT = {"requestBody": LOGOUT_BODY, "security": OPTIONAL}
-LIST_SESSIONS = f"""
-SELECT {SESSION_COLUMNS}, id = :session_id AS current FROM sessions
+LIST_SESSIONS = """
+SELECT *, id = :session_id AS current FROM sessions
 WHERE user_id = :user_id AND scope IS NULL AND expires_at > :now
 ORDER BY last_used_at DESC, id DESC"""
 
@@ -3127,14 +3090,14 @@ async def run_command(given: argparse.Namespace) -> str:
         if given.command == "create-user":
             await add_user(name, ask_password(), given.role)
             return f"{name} can log in now, with the role {given.role}."
-        user = await database.lookup(FIND_USER, username_key=username_key(name))
-        if user is None:
+        users = await database.lookup(FIND_USER, username_key=username_key(name))
+        if not users:
             raise SystemExit(f"There is no user {name}.")
         if given.command == "reset-password":
-            await change_user(user["id"], {"password": ask_password()})
+            await change_user(users[0]["id"], {"password": ask_password()})
             return f"{name} has a new password; old sessions and API tokens have ended."
         token = ApiTokenCreate(name="command line", scope=given.scope)
-        created = await add_api_token(user["id"], token)
+        created = await add_api_token(users[0]["id"], token)
         print(f"A token of {name} that may {given.scope} and never expires:", file=sys.stderr)
         return created.token
 
