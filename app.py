@@ -282,8 +282,7 @@ READ_SECONDS = 3.0
 QUICK_SECONDS = 0.001  # What needs no more of the processor than that needs no thread.
 STATEMENT_SECONDS = 10
 UPGRADES: list[str] = []
-"""The first statement makes version 2 of version 1 of the tables, and so on: only append. After
-them, the tables and indexes that are missing are created."""
+"""The first statement makes version 2 of version 1 of the tables, and so on: only append."""
 
 sqlite3.register_adapter(datetime, lambda moment: moment.isoformat(timespec="microseconds"))
 sys.setswitchinterval(0.0005)  # Seconds that a driver's thread waits for the event loop.
@@ -321,16 +320,16 @@ class Database:
         """Keep the database as it is before an upgrade. PostgreSQL's copies are pg_dump's work."""
 
     async def upgrade(self, db: Transaction) -> None:
-        """Run the UPGRADES that are missing, and create what is. Errors: SystemExit, if newer."""
+        """Run the missing UPGRADES, create missing tables and indexes. Errors: SystemExit."""
         await db.fetch("CREATE TABLE IF NOT EXISTS schema_version (version BIGINT PRIMARY KEY)")
-        rows = await db.fetch("SELECT max(version) AS version FROM schema_version")
+        rows = await db.fetch("SELECT coalesce(max(version), 0) AS version FROM schema_version")
         newest = 1 + len(UPGRADES)
         version = rows[0]["version"]
         if version == newest:
             return
-        if version is not None:
-            if version > newest:
-                raise SystemExit(f"the database is of version {version}, newer than this program")
+        if version > newest:
+            raise SystemExit(f"the database is of version {version}, newer than this program")
+        if version:
             self.keep_copy(version)
             for sql in UPGRADES[version - 1 :]:
                 await db.fetch(sql)
@@ -347,15 +346,11 @@ class Database:
         return await self.select(sql, values, True)
 
     async def read(self, user_id: int, sql: str, quick: bool = False, **values: Any) -> list[Any]:
-        """All rows of one statement: two at once for a user, 3 s each. Errors: 503 too_slow.
-
-        :user_id and :now are always there.
-        """
-        values |= {"user_id": user_id, "now": now()}
+        """All rows of one statement: two at once for a user, 3 s each. Errors: 503 too_slow."""
         turn = read_turns.setdefault(user_id, asyncio.Semaphore(2))
         try:
             async with turn, asyncio.timeout(READ_SECONDS):
-                return await self.select(sql, values, quick)
+                return await self.select(sql, {**values, "user_id": user_id, "now": now()}, quick)
         except TimeoutError:
             raise try_later("too_slow", "This took too long. Ask for less.") from None
 
@@ -420,10 +415,7 @@ class SQLite(Database):
             raise OSError(f"{self.place} is another file now: restart")
 
     async def select(self, sql: str, values: Row, quick: bool) -> list[Row]:
-        """All rows of one statement: right here if that is quick, or else anew, in a thread.
-
-        Whoever is cancelled or late interrupts it.
-        """
+        """All rows of one statement: right here if that is quick, or else anew, in a thread."""
         self.check()
         if quick:
             self.deadline = time.thread_time() + QUICK_SECONDS
@@ -435,7 +427,7 @@ class SQLite(Database):
         try:
             return [dict(row) for row in await reader.execute_fetchall(sql, values)]
         finally:
-            await reader.interrupt()
+            await reader.interrupt()  # Whoever was cancelled or late leaves it running.
             self.readers.put_nowait(reader)
 
     async def undo(self) -> None:
@@ -512,16 +504,13 @@ class PostgreSQL(Database):
         options = {"dsn": self.url, "timeout": STATEMENT_SECONDS, "min_size": 0, "max_size": 16}
         options["server_settings"] = {"timezone": "UTC"}  # COUNT_TASKS prints a time.
         unlimited = self.driver.create_pool(**options)
-        async with unlimited as pool, pool.acquire() as connection, connection.transaction():
+        async with unlimited, unlimited.acquire() as connection, connection.transaction():
             await connection.fetch("SELECT pg_advisory_xact_lock(1)")
             await self.upgrade(Transaction(functools.partial(self.run, connection)))
         options |= {"command_timeout": STATEMENT_SECONDS, "statement_cache_size": 512}
-        self.pool = await self.driver.create_pool(**options)
-        self.connect = functools.partial(self.pool.acquire, timeout=STATEMENT_SECONDS)
-
-    async def close(self) -> None:
-        """Close every connection."""
-        await self.pool.close()
+        pool = await self.driver.create_pool(**options)
+        self.connect = functools.partial(pool.acquire, timeout=STATEMENT_SECONDS)
+        self.close = pool.close
 
     async def run(self, connection: Any, sql: str, values: Row) -> Any:
         """One statement on a connection."""
@@ -535,10 +524,8 @@ class PostgreSQL(Database):
 
     @asynccontextmanager
     async def transaction(self, user_id: int = 0) -> AsyncIterator[Transaction]:
-        """The same. Of this user's it is the only one: it locks their row, in every process.
-
-        Whoever waits for another one here holds no connection.
-        """
+        """The same. Of this user's it is the only one: it locks their row, in every process."""
+        # Whoever waits for another one here holds no connection.
         turn = write_turns.setdefault(user_id, asyncio.Lock()) if user_id else nullcontext()
         async with turn, self.connect() as connection, connection.transaction():
             if user_id:  # A statement that waits for a row sees the others as before its wait.
@@ -610,10 +597,7 @@ class SessionPublic(Public):
 
 
 class Session(SessionPublic, table=True):
-    """A login, or an API token: a session with a name, a scope and a token that never changes.
-
-    Deleting the row ends it at once, with every token of it.
-    """
+    """A login, or an API token: with a name and a scope. Deleting the row ends it at once."""
 
     __tablename__ = "sessions"
     user_id: int = Field(foreign_key="users.id", ondelete="CASCADE", index=True)
@@ -1258,10 +1242,7 @@ PROCESS = secrets.token_hex(8)
 
 
 class Redis:
-    """What processes share besides the database: windows and bells.
-
-    Nothing is lost without it: each process counts for itself, and streams look for themselves.
-    """
+    """What processes share besides the database: windows and bells. Nothing is lost without it."""
 
     well: bool | None = None
     windows: Any = None
