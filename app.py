@@ -454,9 +454,8 @@ class SQLite(Database):
     async def transaction(self, _user_id: int = 0) -> AsyncIterator[Transaction]:
         """A durable transaction: when the block has ended it is committed, or raises.
 
-        Those who wait share one BEGIN and one COMMIT, each body in a savepoint of its own. The
-        first one creates the commit, which queues for the same lock: so it runs when everybody who
-        waited has had their turn, and whoever comes later is in the next group.
+        Each body has a savepoint of its own. The first one creates the commit, which queues for the
+        same lock: so it runs when all who waited have had their turn, and who comes later is next.
         """
         committed = None
         try:
