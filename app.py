@@ -1420,6 +1420,7 @@ AdminUser = Annotated[Caller, Depends(admin_user)]
 
 MAX_STREAMS_PER_USER = 50
 STREAM_BATCH = 100
+RESYNC = '{"type":"resync_required"}'
 LOOK_SECONDS = 2.0  # How late a stream notices a logout, or a change that no bell told of.
 SEND_SECONDS = 20.0
 WEBHOOK_PAUSES = (0, 1, 10, 60)  # Seconds before each try.
@@ -1437,7 +1438,8 @@ class Missed(NamedTuple):
     seq: int
     purged_seq: int
     tasks: list[TaskPublic]
-    has_more: bool
+    cursor: int
+    """The next one; less than seq, if there is more."""
 
     def stale(self, since: int, known_purge: int = 0) -> bool:
         """Whether who has seen `since`, and knows of that purge, missed a deletion for ever."""
@@ -1451,15 +1453,15 @@ async def changes_after(user_id: int, since: int, limit: int) -> Missed:
     if not rows:
         raise unauthorized("session_ended", "This account is gone.")
     tasks = TASK_LIST.validate_python([row for row in rows[:limit] if row["id"]])
-    return Missed(rows[0]["seq"], rows[0]["purged_seq"], tasks, len(rows) > limit)
+    seq = rows[0]["seq"]
+    cursor = tasks[-1].version if len(rows) > limit else seq
+    return Missed(seq, rows[0]["purged_seq"], tasks, cursor)
 
 
-class LiveEvent(NamedTuple):
-    """What a stream sends, encoded once for all streams."""
+class LiveEvent(ServerSentEvent):
+    """What a stream sends, encoded once for all streams; a WebSocket sends its data alone."""
 
-    seq: int
-    kind: str
-    text: str
+    raw_data: str
 
 
 def live_event(task: TaskPublic) -> LiveEvent:
@@ -1468,14 +1470,14 @@ def live_event(task: TaskPublic) -> LiveEvent:
     if task.deleted_at:
         kind = "deleted"
     text = f'{{"type":"{kind}","seq":{task.version},"task":{task.model_dump_json()}}}'
-    return LiveEvent(task.version, kind, text)
+    return LiveEvent(event=kind, raw_data=text, id=str(task.version))
 
 
 class Broadcaster:
     """The open streams of this process by user, and the reads that they share, by cursor."""
 
     def __init__(self) -> None:
-        self.streams: dict[int, set[Stream]] = {}
+        self.streams: WeakValueDictionary[int, set[Stream]] = WeakValueDictionary()
         self.reads: dict[int, dict[int, asyncio.Task[tuple[Missed, list[LiveEvent]]]]] = {}
 
     def everybody(self) -> list["Stream"]:
@@ -1528,12 +1530,12 @@ STREAMS.set_function(lambda: len(broadcaster.everybody()))
 class Stream:
     """One live connection: a cursor into its user's changes."""
 
-    def __init__(self, user: Caller, client_id: str) -> None:
+    def __init__(self, user: Caller, client_id: str, start: Missed, since: int) -> None:
         self.user = user
         self.client_id = client_id
-        self.cursor = 0
-        self.known_purge = 0
-        self.stale = False
+        self.stale = start.stale(since)
+        self.cursor = start.seq if self.stale else since
+        self.known_purge = start.purged_seq
         self.wake = asyncio.Event()
         self.end: tuple[int, str] | None = None
 
@@ -1549,18 +1551,17 @@ class Stream:
         except (ApiError, *database.failures):  # The next look rings again.
             return []
         if missed.stale(self.cursor, self.known_purge):
-            return [LiveEvent(missed.seq, "resync_required", '{"type":"resync_required"}')]
-        if missed.has_more:  # Then there is no reason to sleep.
-            self.wake.set()
-        elif not events:  # A purge takes a seq and leaves no task.
             self.cursor = missed.seq
+            return [LiveEvent(event="resync_required", raw_data=RESYNC, id=str(missed.seq))]
+        self.cursor = missed.cursor
+        if missed.cursor < missed.seq:  # Then there is no reason to sleep.
+            self.wake.set()
         return events
 
     async def events(self) -> AsyncIterator[LiveEvent]:
         """Everything after the cursor, in seq order, none twice, until closed."""
         while not self.end:
             for event in await self.missed():
-                self.cursor = event.seq
                 yield event
             await self.wake.wait()
             self.wake.clear()
@@ -1569,25 +1570,20 @@ class Stream:
 @asynccontextmanager
 async def open_stream(user: Caller, since: int | None, client_id: str) -> AsyncIterator[Stream]:
     """A registered stream; it replaces the user's one with the same client_id. Errors: 429."""
+    # A commit between this and its first read is found by that, for it comes after the cursor.
+    start = await changes_after(user.id, MAX_ID - 1, 1)  # No task: only the user's numbers.
+    stream = Stream(user, client_id, start, start.seq if since is None else since)
     if client_id:
         await broadcaster.announce(user.id, 0, client_id)
     streams = broadcaster.streams.setdefault(user.id, set())
     if sum(not other.end for other in streams) >= MAX_STREAMS_PER_USER:
         message = f"You have {MAX_STREAMS_PER_USER} streams open. Close one."
         raise ApiError(429, "too_many_streams", message, {"Retry-After": "60"})
-    stream = Stream(user, client_id)
     streams.add(stream)
     try:
-        # Registered first, read second: a commit in between is noticed by one or the other.
-        start = await changes_after(user.id, MAX_ID - 1, 1)  # No task: only the user's numbers.
-        stream.stale = since is not None and start.stale(since)
-        stream.cursor = start.seq if since is None or stream.stale else since
-        stream.known_purge = start.purged_seq
         yield stream
     finally:
         streams.discard(stream)
-        if not streams:
-            broadcaster.streams.pop(user.id, None)
 
 
 FIND_TASK = f"""
@@ -1632,7 +1628,7 @@ class Change:
         self.user = user
         self.counted_bytes = counted_bytes  # Bytes that the user's storage has grown by already.
         self.moment = now()
-        self.written: list[TaskPublic] = []
+        self.written: TaskPublic | None = None
 
     async def find(self, kind: str, sql: str, key: int, if_match: str | None, **more: Any) -> Row:
         """The caller's row of this id. Errors: 404 absent or not yours; 412 stale version."""
@@ -1683,9 +1679,8 @@ class Change:
 
     def note(self, rows: list[Row]) -> TaskPublic:
         """The task that was written; the webhook hears of it."""
-        task = TASK.validate_python(rows[0])
-        self.written.append(task)
-        return task
+        self.written = TASK.validate_python(rows[0])
+        return self.written
 
     async def grow(self, size: int) -> None:
         """Count bytes against the owner's storage. Errors: 413."""
@@ -1716,8 +1711,8 @@ async def changing(user: Caller, size: int = 0) -> AsyncIterator[Change]:
         change = Change(db, user, size)
         yield change
         insist_on_room(rows[0]["storage_bytes"], size)  # A replay has left before.
-    for task in change.written:
-        tell_webhook(task)
+    if change.written:
+        tell_webhook(change.written)
     await broadcaster.announce(user.id, user.seq)
 
 
@@ -1749,7 +1744,7 @@ webhook_calls: set[asyncio.Task[None]] = set()
 def tell_webhook(task: TaskPublic) -> None:
     """Post a change to WEBHOOK_URL, if there is one, never in the way of what caused it."""
     if settings.webhook_url and len(webhook_calls) < MAX_WEBHOOKS_WAITING:
-        call = asyncio.create_task(call_webhook(live_event(task).text))
+        call = asyncio.create_task(call_webhook(live_event(task).raw_data))
         webhook_calls.add(call)
         call.add_done_callback(webhook_calls.discard)
 
@@ -2345,9 +2340,9 @@ async def list_changes(user: CurrentUser, since: Since = "0", limit: ChangesLimi
     missed = await changes_after(user.id, int(position), limit)
     if missed.stale(int(position), int(known_purge or 0)):
         raise resync_required()
-    last = missed.tasks[-1].version if missed.has_more else missed.seq
+    last = missed.cursor
     next_since = f"{last}~{missed.purged_seq}" if last < missed.purged_seq else last
-    return Changes(data=missed.tasks, next_since=next_since, has_more=missed.has_more)
+    return Changes(data=missed.tasks, next_since=next_since, has_more=last < missed.seq)
 
 
 async def event_stream(
@@ -2376,7 +2371,7 @@ async def stream_events(stream: OpenStream) -> AsyncIterator[ServerSentEvent]:
     # An id without data dispatches nothing, but from now on a browser knows where to resume.
     yield ServerSentEvent(comment="connected", id=str(stream.cursor))
     async for event in stream.events():
-        yield ServerSentEvent(event=event.kind, raw_data=event.text, id=str(event.seq))
+        yield event
 
 
 COUNT_TASKS = """
@@ -2983,10 +2978,10 @@ async def send_events(socket: WebSocket, stream: Stream) -> None:
     """Hello, then every change, until the stream is closed. Errors: TimeoutError, if unread."""
     await socket.send_text(f'{{"type":"hello","seq":{stream.cursor}}}')
     if stream.stale:
-        await socket.send_text('{"type":"resync_required"}')
+        await socket.send_text(RESYNC)
     async for event in stream.events():
         async with asyncio.timeout(SEND_SECONDS):
-            await socket.send_text(event.text)
+            await socket.send_text(event.raw_data)
 
 
 @app.websocket("/ws/tasks/{client_id}")
