@@ -117,7 +117,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect, WebSocketDisconnected
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 VERSION = "2.0.0"
@@ -1590,7 +1589,8 @@ FIND_TASK = f"""
 SELECT {TASK_COLUMNS} FROM tasks
 WHERE id = :id AND owner_id = :user_id AND (deleted_at IS NOT NULL) = :trash"""
 FIND_BY_KEY = f"""
-SELECT {TASK_COLUMNS} FROM tasks WHERE owner_id = :user_id AND idempotency_key = :key"""
+SELECT {TASK_COLUMNS} FROM tasks
+WHERE owner_id = :owner_id AND idempotency_key = :idempotency_key"""
 CHANGED_COLUMNS = [name for name in Task.model_fields if name not in ("id", "idempotency_key")]
 UPDATE_TASK = f"""
 UPDATE tasks SET {", ".join(f"{name} = :{name}" for name in CHANGED_COLUMNS)}
@@ -1601,10 +1601,7 @@ WHERE id = :user_id RETURNING storage_bytes"""
 
 
 class Replayed(Exception):
-    """A task that its Idempotency-Key has created before: take no seq, write nothing."""
-
-    def __init__(self, task: TaskPublic) -> None:
-        self.task = task
+    """With the task that its Idempotency-Key has created before: take no seq, write nothing."""
 
 
 def text_bytes(task: Row) -> int:
@@ -1653,10 +1650,10 @@ class Change:
         await self.grow(columns["text_bytes"] - self.counted_bytes)
         rows = await self.db.insert("tasks", **columns)
         if not rows:
-            this = {"user_id": self.user.id, "key": values["idempotency_key"]}
-            rows = await self.db.fetch(FIND_BY_KEY, **this)
+            rows = await self.db.fetch(FIND_BY_KEY, **columns)
             raise Replayed(TASK.validate_python(rows[0]))
-        return self.note(rows)
+        self.written = TASK.validate_python(rows[0])
+        return self.written
 
     async def update(self, task: TaskPublic, values: Row) -> TaskPublic:
         """New values of one task. Errors: 413."""
@@ -1664,7 +1661,9 @@ class Change:
         columns = before | values
         self.derive(columns)
         await self.grow(columns["text_bytes"] - text_bytes(before))
-        return self.note(await self.db.fetch(UPDATE_TASK, **columns))
+        rows = await self.db.fetch(UPDATE_TASK, **columns)
+        self.written = TASK.validate_python(rows[0])
+        return self.written
 
     def derive(self, columns: Row) -> None:
         """Set whatever follows from the other columns of a task, and this change's seq."""
@@ -1676,11 +1675,6 @@ class Change:
         columns["text_bytes"] = text_bytes(columns)
         columns["version"] = self.user.seq
         columns["updated_at"] = self.moment
-
-    def note(self, rows: list[Row]) -> TaskPublic:
-        """The task that was written; the webhook hears of it."""
-        self.written = TASK.validate_python(rows[0])
-        return self.written
 
     async def grow(self, size: int) -> None:
         """Count bytes against the owner's storage. Errors: 413."""
@@ -1717,15 +1711,13 @@ async def changing(user: Caller, size: int = 0) -> AsyncIterator[Change]:
 
 
 PURGE_USER = """
-UPDATE users SET seq = seq + 1,
-    purged_seq = (SELECT coalesce(max(version), users.purged_seq) FROM tasks
-        WHERE owner_id = :user_id AND deleted_at <= :until AND version > users.purged_seq),
-    storage_bytes = storage_bytes
-        - (SELECT coalesce(sum(text_bytes), 0) FROM tasks
-            WHERE owner_id = :user_id AND deleted_at <= :until)
-        - (SELECT coalesce(sum(size_bytes), 0) FROM attachments JOIN tasks ON tasks.id = task_id
-            WHERE owner_id = :user_id AND deleted_at <= :until)
-WHERE id = :user_id RETURNING seq"""
+UPDATE users SET seq = seq + 1, storage_bytes = storage_bytes - size,
+    purged_seq = CASE WHEN newest > purged_seq THEN newest ELSE purged_seq END
+FROM (
+    SELECT max(version) AS newest, coalesce(sum(text_bytes + (
+        SELECT coalesce(sum(size_bytes), 0) FROM attachments WHERE task_id = tasks.id)), 0) AS size
+    FROM tasks WHERE owner_id = :user_id AND deleted_at <= :until) AS trash
+WHERE users.id = :user_id RETURNING seq"""
 PURGE_TASKS = "DELETE FROM tasks WHERE owner_id = :user_id AND deleted_at <= :until RETURNING id"
 
 
@@ -1752,9 +1744,7 @@ def tell_webhook(task: TaskPublic) -> None:
 @functools.cache
 def certificates() -> Any:
     """Whom HTTPS trusts. To load them takes 20 ms, for each client if it is not told."""
-    import httpx
-
-    return httpx.create_ssl_context()
+    return importlib.import_module("httpx").create_ssl_context()
 
 
 async def call_webhook(text: str) -> None:
@@ -1789,7 +1779,7 @@ LOG_TIME = "%Y-%m-%d %H:%M:%S"
 DOCS_POLICY = """default-src 'self'; script-src 'self' 'unsafe-inline'; img-src 'self' data:;
 style-src 'self' 'unsafe-inline'; worker-src blob:; frame-ancestors 'none'""".replace("\n", " ")
 started_at = time.monotonic()
-last_cleanup: dict[str, int | datetime] | None = None
+last_cleanup: dict[str, int | datetime] = {}
 
 
 async def add_user(name: str, password: str, role: Role, email: str | None = None) -> UserPublic:
@@ -1839,17 +1829,15 @@ async def opened_database() -> AsyncIterator[None]:
 
 async def clean_up() -> None:
     """Remove what has expired: sessions and refresh tokens; and trash older than TRASH_DAYS."""
-    global last_cleanup
-    removed: Row = {"tasks": 0}
     async with database.transaction() as db:
-        for table in ("sessions", "refresh_tokens"):
-            sql = f"DELETE FROM {table} WHERE expires_at <= :now RETURNING id"
-            removed[table] = len(await db.fetch(sql))
+        sessions = await db.fetch("DELETE FROM sessions WHERE expires_at <= :now RETURNING id")
+        tokens = await db.fetch("DELETE FROM refresh_tokens WHERE expires_at <= :now RETURNING id")
     oldest = now() - timedelta(days=settings.trash_days)
     sql = "SELECT DISTINCT owner_id FROM tasks WHERE deleted_at <= :until"
-    for owner in await database.read(0, sql, until=oldest):
-        removed["tasks"] += await purge(owner["owner_id"], oldest)
-    last_cleanup = {"finished_at": now(), **removed}
+    owners = await database.read(0, sql, until=oldest)
+    purged = sum([await purge(owner["owner_id"], oldest) for owner in owners])
+    last_cleanup.update(tasks=purged, sessions=len(sessions), refresh_tokens=len(tokens))
+    last_cleanup["finished_at"] = now()
 
 
 async def every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -1927,7 +1915,7 @@ class Conversation:
 
     def complete_head(self, message: Message) -> None:
         """Headers of every answer."""
-        headers = MutableHeaders(raw=list(message["headers"]))
+        headers = MutableHeaders(scope=message)
         content_type = headers.get("content-type", "")
         if content_type == JSON_TYPE and "content-length" in headers:
             self.newline = b"\n"
@@ -1941,7 +1929,6 @@ class Conversation:
         if "/auth/" in self.scope["path"]:  # Tokens are for no cache. Ref: RFC 6749 §5.1
             more["Cache-Control"] = "no-store"
         headers.raw.extend((k.lower().encode(), v.encode("latin-1")) for k, v in more.items())
-        message["headers"] = headers.raw
 
     async def fail(self, error: HTTPException) -> None:
         """Answer with the envelope, unless that is too late; uvicorn then ends the connection."""
@@ -1993,41 +1980,33 @@ class Gateway:
             conversation.log()
 
 
-def method_not_allowed(request: Request) -> ApiError:
-    """405, with the methods that the path has. Ref: RFC 9110 §15.5.6."""
-    path = request.scope["path"].removeprefix(settings.root_path) or "/"
-    routes = [each for each in iter_route_contexts(app.routes) if each.path_regex.match(path)]
-    methods = {method for each in routes for method in each.methods or ["GET"]}  # Files have none.
-    if "GET" in methods:
-        methods.add("HEAD")
-    allow = ", ".join(sorted(methods))
-    return ApiError(405, "method_not_allowed", f"This path has: {allow}.", {"Allow": allow})
-
-
 async def on_http_error(request: Request, error: Any) -> Response:
-    """The framework's errors and ours, in the envelope."""
+    """The framework's errors and ours, in the envelope. Ref: RFC 9110 §15.5.6."""
     if error.status_code == 404 and error.detail == "Not Found":
         error = ApiError(404, "not_found", "No such path. All of them stand in /docs.")
-    elif error.status_code == 405:
-        error = method_not_allowed(request)
+    elif error.status_code == 405:  # Starlette names the methods of one route, a path has several.
+        path = request.scope["path"].removeprefix(settings.root_path) or "/"
+        routes = [each for each in iter_route_contexts(app.routes) if each.path_regex.match(path)]
+        methods = {name for each in routes for name in each.methods or ["GET"]}  # Files have none.
+        if "GET" in methods:
+            methods.add("HEAD")
+        allow = ", ".join(sorted(methods))
+        error = ApiError(405, "method_not_allowed", f"This path has: {allow}.", {"Allow": allow})
     elif error.detail == "There was an error parsing the body":
         error = ApiError(400, "invalid_json", "The body cannot be read.")
     return error_response(error, exchange_of(request).request_id)
 
 
-def refused_field(problem: Any) -> dict[str, str]:
-    """What pydantic refused, and why, without what was sent."""
-    place = problem["loc"][1:] or problem["loc"]
-    name = ".".join(map(str, place))[:100].encode("utf-8", "replace").decode()
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        message = "is not known here"
-    return {"field": name, "message": message}
-
-
 async def on_validation_error(request: Request, error: Any) -> Response:
     """What FastAPI or pydantic refused: the first ten are the message. Errors: 400; 415; 422."""
-    details = [refused_field(problem) for problem in error.errors()]
+    details = []
+    for problem in error.errors():
+        place = problem["loc"][1:] or problem["loc"]
+        name = ".".join(map(str, place))[:100].encode("utf-8", "replace").decode()
+        reason = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            reason = "is not known here"
+        details.append({"field": name, "message": reason})
     text = "; ".join(f"{each['field']}: {each['message']}" for each in details[:10])
     answer = ApiError(422, "validation_failed", text, details=details)
     if error.errors()[0]["type"] == "json_invalid":
@@ -2066,9 +2045,6 @@ if settings.cors_origins:  # No credentials: a token is no cookie. Ref: Fetch §
     allowed: Any = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["*"]}
     app.add_middleware(CORSMiddleware, allow_origins=origins, **allowed)
 app.add_middleware(Gateway)
-# Added last, so around Gateway: it corrects the caller's address, and nothing else.
-if settings.trusted_proxies:
-    app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)
 
 
 @functools.cache
@@ -2093,19 +2069,18 @@ app.openapi = describe  # type: ignore[method-assign]
 class BoundedWebSocket(WebSocketsSansIOProtocol):
     """uvicorn's WebSocket, dropping a peer that sends much: a flood of pongs would stop all."""
 
-    received_bytes = 0
+    room = 0
     minute_began = 0.0
 
     def data_received(self, data: bytes) -> None:
         """Some bytes of the peer's, at most MAX_SOCKET_BYTES in a minute."""
         if time.monotonic() - self.minute_began >= 60:
             self.minute_began = time.monotonic()
-            self.received_bytes = 0
-        room = max(0, MAX_SOCKET_BYTES - self.received_bytes)
-        self.received_bytes += len(data)
-        super().data_received(data[:room])
-        if len(data) > room:
+            self.room = MAX_SOCKET_BYTES
+        super().data_received(data[: self.room])
+        if len(data) > self.room:
             self.transport.close()
+        self.room = max(0, self.room - len(data))
 
 
 # ── 11 Routes ───────────────────────────────────────────────────────────────────────────────────
@@ -2256,7 +2231,7 @@ async def create_task(
         async with changing(user, text_bytes(values)) as change:
             task = await change.create(values)
     except Replayed as replayed:
-        task = replayed.task
+        [task] = replayed.args
         response.status_code = 200
         user.answer_with(ETag=f'"{task.version}"', Idempotency_Replayed="true")
     user.answer_with(Location=f"{BASE}/tasks/{task.id}")
@@ -2920,7 +2895,7 @@ async def read_health_detailed() -> HealthDetailed:
         uptime_seconds=int(time.monotonic() - started_at),
         database={"engine": database.engine, "latency_ms": latency_ms},
         live_connections=len(broadcaster.everybody()),
-        last_cleanup=last_cleanup,
+        last_cleanup=last_cleanup or None,
     )
 
 
@@ -3021,7 +2996,9 @@ gc.enable()
 def serve(reload: bool) -> None:
     """Listen, say where, and serve until Ctrl-C or SIGTERM. Errors: SystemExit."""
     options: Any = {"host": settings.host, "port": settings.port, "reload": reload}
-    options |= {"http": "h11", "proxy_headers": False, "timeout_graceful_shutdown": 3}
+    proxies = settings.trusted_proxies
+    options |= {"proxy_headers": bool(proxies), "forwarded_allow_ips": proxies}
+    options |= {"http": "h11", "timeout_graceful_shutdown": 3}
     options |= {"ws": BoundedWebSocket, "ws_max_size": MAX_SOCKET_BYTES, "server_header": False}
     options |= {"ws_per_message_deflate": False, "log_config": None, "access_log": False}
     options["log_level"] = "critical"

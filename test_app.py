@@ -468,7 +468,7 @@ def configure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
     for name in app.Settings.model_fields:
         monkeypatch.setattr(app.settings, name, getattr(defaults, name))
     change(data_dir=tmp_path / "data", admin_password=ADMIN_PASSWORD, rate_limits="off")
-    monkeypatch.setattr(app, "last_cleanup", None)
+    monkeypatch.setattr(app, "last_cleanup", {})
     app.cached_pages.clear()
     monkeypatch.setattr(app, "BCRYPT_COST", 4)
     monkeypatch.setattr(app, "UNKNOWN_USER_HASH", "$2b$04$" + "." * 53)
