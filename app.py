@@ -118,6 +118,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect, WebSocketDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from uvicorn.supervisors import ChangeReload
 
 VERSION = "2.0.0"
 API = "/api/v1"
@@ -1442,8 +1443,7 @@ class Missed(NamedTuple):
 
     def stale(self, since: int, known_purge: int = 0) -> bool:
         """Whether who has seen `since`, and knows of that purge, missed a deletion for ever."""
-        missed_purge = 0 < since < self.purged_seq and self.purged_seq != known_purge
-        return missed_purge or since > self.seq
+        return since > self.seq or (0 < since < self.purged_seq and self.purged_seq != known_purge)
 
 
 async def changes_after(user_id: int, since: int, limit: int) -> Missed:
@@ -1646,8 +1646,7 @@ class Change:
     async def create(self, values: Row) -> TaskPublic:
         """A new task. Errors: 413; Replayed, with the task that its idempotency_key made before."""
         columns = {"owner_id": self.user.id, "attachments": 0, "created_at": self.moment, **values}
-        self.derive(columns)
-        await self.grow(columns["text_bytes"] - self.counted_bytes)
+        await self.complete(columns, self.counted_bytes)
         rows = await self.db.insert("tasks", **columns)
         if not rows:
             rows = await self.db.fetch(FIND_BY_KEY, **columns)
@@ -1659,14 +1658,13 @@ class Change:
         """New values of one task. Errors: 413."""
         before = task.model_dump()
         columns = before | values
-        self.derive(columns)
-        await self.grow(columns["text_bytes"] - text_bytes(before))
+        await self.complete(columns, text_bytes(before))
         rows = await self.db.fetch(UPDATE_TASK, **columns)
         self.written = TASK.validate_python(rows[0])
         return self.written
 
-    def derive(self, columns: Row) -> None:
-        """Set whatever follows from the other columns of a task, and this change's seq."""
+    async def complete(self, columns: Row, counted_bytes: int) -> None:
+        """Set what follows from a task's other columns, and its version. Errors: 413."""
         columns["completed"] = columns["status"] == "done"
         completed_at = columns.get("completed_at") or self.moment
         columns["completed_at"] = completed_at if columns["completed"] else None
@@ -1675,6 +1673,7 @@ class Change:
         columns["text_bytes"] = text_bytes(columns)
         columns["version"] = self.user.seq
         columns["updated_at"] = self.moment
+        await self.grow(columns["text_bytes"] - counted_bytes)
 
     async def grow(self, size: int) -> None:
         """Count bytes against the owner's storage. Errors: 413."""
@@ -1705,8 +1704,7 @@ async def changing(user: Caller, size: int = 0) -> AsyncIterator[Change]:
         change = Change(db, user, size)
         yield change
         insist_on_room(rows[0]["storage_bytes"], size)  # A replay has left before.
-    if change.written:
-        tell_webhook(change.written)
+    tell_webhook(change.written)
     await broadcaster.announce(user.id, user.seq)
 
 
@@ -1733,9 +1731,9 @@ async def purge(user_id: int, until: datetime) -> int:
 webhook_calls: set[asyncio.Task[None]] = set()
 
 
-def tell_webhook(task: TaskPublic) -> None:
-    """Post a change to WEBHOOK_URL, if there is one, never in the way of what caused it."""
-    if settings.webhook_url and len(webhook_calls) < MAX_WEBHOOKS_WAITING:
+def tell_webhook(task: TaskPublic | None) -> None:
+    """Post a change to WEBHOOK_URL, if there are both, never in the way of what caused it."""
+    if task and settings.webhook_url and len(webhook_calls) < MAX_WEBHOOKS_WAITING:
         call = asyncio.create_task(call_webhook(live_event(task).raw_data))
         webhook_calls.add(call)
         call.add_done_callback(webhook_calls.discard)
@@ -2995,13 +2993,11 @@ gc.enable()
 
 def serve(reload: bool) -> None:
     """Listen, say where, and serve until Ctrl-C or SIGTERM. Errors: SystemExit."""
-    options: Any = {"host": settings.host, "port": settings.port, "reload": reload}
-    proxies = settings.trusted_proxies
-    options |= {"proxy_headers": bool(proxies), "forwarded_allow_ips": proxies}
-    options |= {"http": "h11", "timeout_graceful_shutdown": 3}
-    options |= {"ws": BoundedWebSocket, "ws_max_size": MAX_SOCKET_BYTES, "server_header": False}
-    options |= {"ws_per_message_deflate": False, "log_config": None, "access_log": False}
-    options["log_level"] = "critical"
+    options: Any = {"host": settings.host, "port": settings.port, "reload": reload, "http": "h11"}
+    options |= {"proxy_headers": bool(settings.trusted_proxies), "timeout_graceful_shutdown": 3}
+    options |= {"forwarded_allow_ips": settings.trusted_proxies, "server_header": False}
+    options |= {"ws": BoundedWebSocket, "ws_max_size": MAX_SOCKET_BYTES, "access_log": False}
+    options |= {"ws_per_message_deflate": False, "log_config": None, "log_level": "critical"}
     config = uvicorn.Config("__main__:app" if reload else app, **options)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
@@ -3015,8 +3011,6 @@ def serve(reload: bool) -> None:
     server = uvicorn.Server(config)
     with suppress(KeyboardInterrupt):
         if reload:
-            from uvicorn.supervisors import ChangeReload
-
             ChangeReload(config, target=server.run, sockets=[listener]).run()
         else:
             server.run(sockets=[listener])
