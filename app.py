@@ -1419,12 +1419,10 @@ AdminUser = Annotated[Caller, Depends(admin_user)]
 # missed. No queue per connection: whoever falls behind, by one change or a thousand, catches up.
 
 MAX_STREAMS_PER_USER = 50
-STREAM_BATCH = 100
 RESYNC = '{"type":"resync_required"}'
 LOOK_SECONDS = 2.0  # How late a stream notices a logout, or a change that no bell told of.
 SEND_SECONDS = 20.0
 WEBHOOK_PAUSES = (0, 1, 10, 60)  # Seconds before each try.
-MAX_WEBHOOKS_WAITING = 2000
 
 CHANGES_AFTER = f"""
 SELECT users.seq AS seq, purged_seq, {TASK_COLUMNS}
@@ -1510,7 +1508,7 @@ class Broadcaster:
 
     async def read(self, user_id: int, cursor: int) -> tuple[Missed, list[LiveEvent]]:
         """One batch after a cursor, encoded. Errors: 401; 503."""
-        missed = await changes_after(user_id, cursor, STREAM_BATCH)
+        missed = await changes_after(user_id, cursor, limit=100)
         return missed, [live_event(task) for task in missed.tasks]
 
     async def shared_read(self, user_id: int, cursor: int) -> tuple[Missed, list[LiveEvent]]:
@@ -1732,8 +1730,8 @@ webhook_calls: set[asyncio.Task[None]] = set()
 
 
 def tell_webhook(task: TaskPublic | None) -> None:
-    """Post a change to WEBHOOK_URL, if there are both, never in the way of what caused it."""
-    if task and settings.webhook_url and len(webhook_calls) < MAX_WEBHOOKS_WAITING:
+    """Post a change to WEBHOOK_URL, unless too many wait; never in the way of what caused it."""
+    if task and settings.webhook_url and len(webhook_calls) < 2000:
         call = asyncio.create_task(call_webhook(live_event(task).raw_data))
         webhook_calls.add(call)
         call.add_done_callback(webhook_calls.discard)
@@ -2067,7 +2065,7 @@ app.openapi = describe  # type: ignore[method-assign]
 class BoundedWebSocket(WebSocketsSansIOProtocol):
     """uvicorn's WebSocket, dropping a peer that sends much: a flood of pongs would stop all."""
 
-    room = 0
+    room = MAX_SOCKET_BYTES
     minute_began = 0.0
 
     def data_received(self, data: bytes) -> None:
