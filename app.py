@@ -1644,7 +1644,8 @@ class Change:
     async def create(self, values: Row) -> TaskPublic:
         """A new task. Errors: 413; Replayed, with the task that its idempotency_key made before."""
         columns = {"owner_id": self.user.id, "attachments": 0, "created_at": self.moment, **values}
-        await self.complete(columns, self.counted_bytes)
+        self.derive(columns)
+        await self.grow(columns["text_bytes"] - self.counted_bytes)
         rows = await self.db.insert("tasks", **columns)
         if not rows:
             rows = await self.db.fetch(FIND_BY_KEY, **columns)
@@ -1656,13 +1657,14 @@ class Change:
         """New values of one task. Errors: 413."""
         before = task.model_dump()
         columns = before | values
-        await self.complete(columns, text_bytes(before))
+        self.derive(columns)
+        await self.grow(columns["text_bytes"] - text_bytes(before))
         rows = await self.db.fetch(UPDATE_TASK, **columns)
         self.written = TASK.validate_python(rows[0])
         return self.written
 
-    async def complete(self, columns: Row, counted_bytes: int) -> None:
-        """Set what follows from a task's other columns, and its version. Errors: 413."""
+    def derive(self, columns: Row) -> None:
+        """Set what follows from a task's other columns, and its version."""
         columns["completed"] = columns["status"] == "done"
         completed_at = columns.get("completed_at") or self.moment
         columns["completed_at"] = completed_at if columns["completed"] else None
@@ -1671,7 +1673,6 @@ class Change:
         columns["text_bytes"] = text_bytes(columns)
         columns["version"] = self.user.seq
         columns["updated_at"] = self.moment
-        await self.grow(columns["text_bytes"] - counted_bytes)
 
     async def grow(self, size: int) -> None:
         """Count bytes against the owner's storage. Errors: 413."""
