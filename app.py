@@ -15,7 +15,7 @@ Sections
    8  Rate limits           SlowAPI's moving windows, in this process or shared through Redis
    9  Live updates          the number per user, the changes that take it, the streams that follow
   10  Application           start and stop, the outermost ASGI layer, error handlers
-  11  Routes                auth, users, tasks, attachments, live, admin, health
+  11  Routes                tasks, attachments, auth, users, admin, health, the WebSocket
   12  Command line          serve, accounts and tokens
 
 Notation
@@ -117,6 +117,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect, WebSocketDisconnected
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.supervisors import ChangeReload
 
@@ -151,7 +152,7 @@ def networks(text: str) -> list[str]:
     return [*map(str, known), *mapped]
 
 
-RATE = r"^[1-9]\d{0,8} ?/ ?\d{0,4} ?(second|minute|hour|day|month|year)s?$"
+RATE = r"^[1-9]\d{0,8} ?/ ?([1-9]\d{0,3})? ?(second|minute|hour|day|month|year)s?$"
 RateLimit = Annotated[str, StringConstraints(pattern=RATE), AfterValidator(limits.parse)]
 ORIGIN = r"(\*|https?://[a-z0-9.-]+(:[0-9]+)?)"
 REDIS = r"^(rediss?://([^/@]*@)?(\[[^/@]+\]|[^/:@?]+)(:\d{1,5})?(/\d*)?(\?.+)?)?$"
@@ -230,7 +231,8 @@ def now() -> datetime:
 
 # ── 2 Errors ────────────────────────────────────────────────────────────────────────────────────
 # One envelope for every error, whoever noticed it. Small factories, so that a route shows a raise.
-# Messages say the next step, and never repeat a sent text: it may be a password or a script.
+# Messages say the next step, and never repeat a sent value, which may be a password; of what is not
+# known they repeat the name.
 
 
 class ApiError(HTTPException):
@@ -251,7 +253,7 @@ def error_response(error: HTTPException, request_id: str) -> Response:
 
 
 def only(rows: list[Row], kind: str, key: int) -> Any:
-    """The one row found. Errors: 404, for somebody else's as for absent: ids tell nothing."""
+    """The one row found. Errors: 404, the same for absent and somebody else's: ids tell nothing."""
     if not rows:
         raise ApiError(404, f"{kind}_not_found", f"No {kind.replace('_', ' ')} {key}.")
     return rows[0]
@@ -279,7 +281,7 @@ def resync_required() -> ApiError:
 # a flush of the disk, however many writes it carries.
 
 READ_SECONDS = 3.0
-QUICK_SECONDS = 0.001  # What needs no more of the processor than that needs no thread.
+QUICK_SECONDS = 0.001  # Of processor time: a read that needs no more runs in the event loop.
 STATEMENT_SECONDS = 10
 UPGRADES: list[str] = []
 """The first statement makes version 2 of version 1 of the tables, and so on: only append."""
@@ -362,7 +364,7 @@ class SQLite(Database):
     failures: Any = (sqlite3.DatabaseError, OSError)
 
     async def open(self) -> None:
-        """Open or create the file, readable by its owner alone. Errors: OSError; SystemExit."""
+        """Open or create the file, readable by its owner alone. Errors: `failures`; SystemExit."""
         self.place = (settings.data_dir / "tasks.db").absolute()
         self.place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.place.touch(0o600)
@@ -375,7 +377,7 @@ class SQLite(Database):
         self.inode = self.place.stat().st_ino
         connect_reader = functools.partial(self.connect, query_only="ON")
         self.quick_reader = connect_reader()
-        self.quick_reader.row_factory = None  # To make a dict of a Row takes twice as long.
+        self.quick_reader.row_factory = None  # A dict of a sqlite3.Row takes twice as long.
         self.quick_reader.set_progress_handler(lambda: time.thread_time() > self.deadline, 500)
         self.writer = await aiosqlite.Connection(self.connect, 64)
         self.readers: asyncio.Queue[aiosqlite.Connection] = asyncio.Queue()
@@ -467,7 +469,7 @@ class SQLite(Database):
                     self.committed = asyncio.create_task(self.commit())
                 committed = self.committed
                 await asyncio.shield(self.begun)
-                await self.writer.execute("SAVEPOINT body")
+                await self.writer.execute("SAVEPOINT body")  # Of this name, the newest counts.
                 try:
                     yield Transaction(self.writer.execute_fetchall)
                 except BaseException:
@@ -523,7 +525,7 @@ class PostgreSQL(Database):
 
     @asynccontextmanager
     async def transaction(self, user_id: int = 0) -> AsyncIterator[Transaction]:
-        """The same. Of this user's it is the only one: it locks their row, in every process."""
+        """A durable transaction; of this user's the only one: it locks their row for all."""
         # Whoever waits for another one here holds no connection.
         turn = write_turns.setdefault(user_id, asyncio.Lock()) if user_id else nullcontext()
         async with turn, self.connect() as connection, connection.transaction():
@@ -536,8 +538,8 @@ database = PostgreSQL() if settings.database_url else SQLite()
 
 # ── 4 Tables ────────────────────────────────────────────────────────────────────────────────────
 # Most tables are two classes: the public half is also the answer that clients get, the private half
-# does not leave. SQLModel declares the tables; the SQL that fills them stands where it is used.
-# AUTOINCREMENT: the id of something purged is never handed out again.
+# leaves only where a route says so. SQLModel declares the tables; the SQL that fills them stands
+# where it is used. AUTOINCREMENT: the id of something purged is never handed out again.
 
 Role = Literal["user", "admin"]
 TokenScope = Literal["read", "write"]
@@ -907,7 +909,7 @@ class TaskCreate(Body):
         """Turn `completed` into `status`; both and contradictory is an error."""
         if "completed" in self.model_fields_set:
             if "status" not in self.model_fields_set:
-                self.status = "done" if self.completed else "todo"
+                self.status = "done" if self.completed else "todo"  # Now it counts as sent.
             if self.completed != (self.status == "done"):
                 raise ValueError("status and completed contradict each other")
         return self
@@ -984,6 +986,7 @@ class AdminTaskQuery(TaskQuery):
 class Changes(Collection[TaskPublic]):
     """Changed tasks and tombstones, oldest change first."""
 
+    model_config = {"use_attribute_docstrings": True}
     next_since: int | str
     """Pass it back as `since`, as it is."""
     has_more: bool
@@ -999,6 +1002,7 @@ class DayCount(BaseModel):
 class Statistics(BaseModel):
     """Counts over the caller's tasks, the trash left out."""
 
+    model_config = {"use_attribute_docstrings": True}
     total: int
     by_status: dict[Status, int]
     by_priority: dict[Priority, int]
@@ -1044,6 +1048,7 @@ class Error(BaseModel):
 class TokenRequest(BaseModel):
     """The form of RFC 6749 §4.3.2 and §6."""
 
+    model_config = {"use_attribute_docstrings": True}
     grant_type: str = ""
     """`password` or `refresh_token`."""
     username: str = ""
@@ -1157,7 +1162,7 @@ class Exchange:
 
 
 def etag_matches(header: str, etag: str) -> bool:
-    """Whether a header is `*` or names this ETag; weak ones count. Ref: RFC 9110 §13.1."""
+    """Whether a header is `*` or names this ETag. Weak ones count, for proxies weaken them."""
     tags = [tag.strip().removeprefix("W/") for tag in header.split(",")]
     return "*" in tags or etag.removeprefix("W/") in tags
 
@@ -1191,9 +1196,9 @@ class Caller(UserPublic):
 CALLER = pydantic.TypeAdapter(Caller)
 
 
-async def find_caller(user_id: int, session_id: int, token_hash: str = "") -> Caller | None:
+async def find_caller(user_id: int, session_id: int, api_token: str = "") -> Caller | None:
     """The living session of these ids, or of this API token's hash, and its user."""
-    this = {"user_id": user_id, "session_id": session_id, "token_hash": token_hash}
+    this = {"user_id": user_id, "session_id": session_id, "token_hash": api_token}
     rows = await database.lookup(WHO_ASKS, now=now(), **this)
     return CALLER.validate_python(rows[0]) if rows else None
 
@@ -1214,7 +1219,8 @@ async def authenticate(authorization: str) -> Caller:
     if token.startswith(API_TOKEN_PREFIX):
         caller = await find_caller(0, 0, token_hash(token))
     else:
-        access = decode_access_token(token, settings.secret_key)
+        # Ours are shorter; of what is remembered as no token, this is enough.
+        access = decode_access_token(token[:1000], settings.secret_key)
         if access is None:
             raise unauthorized("invalid_token", "This is no token of this server: log in.")
         user_id, session_id, expires_at = access
@@ -1232,7 +1238,7 @@ async def authenticate(authorization: str) -> Caller:
 
 # ── 8 Rate limits ───────────────────────────────────────────────────────────────────────────────
 # SlowAPI's windows count by user, or by address when anonymous. CurrentUser counts by itself, so no
-# route that asks for a user can forget it; a route that asks for none shows `limited("login")`.
+# route that takes one can forget it; a route for anybody shows `limited("login")`, or has no limit.
 # With REDIS_URL all processes share the windows, and each falls back on its own without Redis.
 
 REDIS_SECONDS = 0.1  # What Redis may cost a request, once.
@@ -1253,7 +1259,7 @@ class Redis:
         self.well = well
 
     async def attempt(self, work: Callable[..., Awaitable[T]], *values: Any) -> T | None:
-        """What this says within 100 ms. None if Redis is not well, or fails."""
+        """What the work gives within 100 ms. None if Redis is not well, or fails."""
         if self.well:
             try:
                 async with asyncio.timeout(REDIS_SECONDS):
@@ -1568,7 +1574,7 @@ class Stream:
 async def open_stream(user: Caller, since: int | None, client_id: str) -> AsyncIterator[Stream]:
     """A registered stream; it replaces the user's one with the same client_id. Errors: 429."""
     # A commit between this and its first read is found by that, for it comes after the cursor.
-    start = await changes_after(user.id, MAX_ID - 1, 1)  # No task: only the user's numbers.
+    start = await changes_after(user.id, MAX_ID, 1)  # No task: only the user's numbers.
     stream = Stream(user, client_id, start, start.seq if since is None else since)
     if client_id:
         await broadcaster.announce(user.id, 0, client_id)
@@ -1702,7 +1708,7 @@ async def changing(user: Caller, size: int = 0) -> AsyncIterator[Change]:
         user.answer_with(ETag=f'"{user.seq}"')  # The version of what is written now.
         change = Change(db, user, size)
         yield change
-        insist_on_room(rows[0]["storage_bytes"], size)  # A replay has left before.
+        insist_on_room(rows[0]["storage_bytes"], size)  # Replayed has left before: it adds nothing.
     tell_webhook(change.written)
     await broadcaster.announce(user.id, user.seq)
 
@@ -1934,7 +1940,7 @@ class Conversation:
                 answer = error_response(error, self.exchange.request_id)
                 await answer(self.scope, self.receive, self.send)
 
-    def log(self) -> None:
+    def write_log(self) -> None:
         """Count, and one line. The path is percent-encoded, so that it cannot forge another."""
         took = time.perf_counter() - self.began
         route = getattr(self.scope.get("route"), "name", "none")
@@ -1974,7 +1980,7 @@ class Gateway:
             message = "Something failed here; the log knows more by this request_id."
             await conversation.fail(ApiError(500, "internal_error", message))
         finally:
-            conversation.log()
+            conversation.write_log()
 
 
 async def on_http_error(request: Request, error: Any) -> Response:
@@ -2042,6 +2048,8 @@ if settings.cors_origins:  # No credentials: a token is no cookie. Ref: Fetch §
     allowed: Any = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["*"]}
     app.add_middleware(CORSMiddleware, allow_origins=origins, **allowed)
 app.add_middleware(Gateway)
+if settings.trusted_proxies:  # Around Gateway: it corrects the caller's address, and nothing else.
+    app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)
 
 
 @functools.cache
@@ -2081,8 +2089,8 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
 
 
 # ── 11 Routes ───────────────────────────────────────────────────────────────────────────────────
-# One router a resource. A docstring is the route's description in /docs. A GET counts against
-# RATE_LIMIT_READ, the rest against RATE_LIMIT_WRITE; a docstring names what counts besides.
+# One router a resource. A docstring is the route's description in /docs. A GET of a user counts
+# against RATE_LIMIT_READ, the rest against RATE_LIMIT_WRITE; a docstring names what counts besides.
 
 IfMatch = Annotated[str | None, Header()]
 IfNew = Annotated[str | None, Header(alias="If-None-Match")]
@@ -2272,7 +2280,7 @@ async def replace_task(
 async def update_task(
     task_id: Id, body: TaskUpdate, user: CurrentUser, if_match: IfMatch = None
 ) -> TaskPublic:
-    """Merge into a task: what is absent stays, null clears.
+    """Merge into a task: what is absent stays, null clears. `{}` only takes a version.
 
     Errors: 404 absent or not yours; 412 stale version; 413 storage_full
     Ref: RFC 7396; RFC 9110 §13.1.1
@@ -2513,7 +2521,7 @@ async def delete_attachment(attachment_id: Id, user: CurrentUser) -> None:
 auth = APIRouter(prefix=f"{API}/auth", tags=["auth"], **ROUTER)
 FIND_USER = f"SELECT {USER_COLUMNS}, password_hash FROM users WHERE username_key = :username_key"
 # After a registration no password was verified: then it is ''.
-STILL_VERIFIED = """
+LOCK_IF_VERIFIED = """
 UPDATE users SET seq = seq
 WHERE id = :id AND is_active AND :password_hash IN ('', password_hash) RETURNING id"""
 
@@ -2552,7 +2560,7 @@ async def start_session(exchange: Exchange, user_id: int, password_hash: str = "
     end = moment + timedelta(days=settings.refresh_token_days)
     times = {"created_at": moment, "last_used_at": moment, "expires_at": end}
     async with database.transaction() as db:
-        if not await db.fetch(STILL_VERIFIED, id=user_id, password_hash=password_hash):
+        if not await db.fetch(LOCK_IF_VERIFIED, id=user_id, password_hash=password_hash):
             raise unauthorized("invalid_credentials", "The account has just changed: try again.")
         rows = await db.insert("sessions", user_id=user_id, **times, **client_columns(exchange))
         return await issue_tokens(db, rows[0])
@@ -2587,7 +2595,7 @@ async def log_in(body: Credentials, exchange: CurrentExchange) -> TokenPair:
     return await start_session(exchange, user["id"], user["password_hash"])
 
 
-LOCK_SESSION = """
+EXTEND_SESSION = """
 UPDATE sessions SET last_used_at = :now, expires_at = :end, address = :address,
     user_agent = :user_agent
 WHERE id = (SELECT session_id FROM refresh_tokens WHERE token_hash = :token_hash)
@@ -2606,8 +2614,9 @@ DELETE FROM sessions WHERE id = (
 async def refresh(body: RefreshRequest, exchange: CurrentExchange) -> TokenPair:
     """Exchange a refresh token for the next pair. It works once.
 
-    A used one means theft: its session ends, unless it comes within a second of its use while the
-    successor is still unused, which is a second tab and no thief.
+    A used one is refused, and means theft: its session ends, too, unless it comes within a second
+    of its use while the successor is still unused, which is a second tab and no thief. A session
+    ends 180 days after its login.
 
     Errors: 401 invalid_refresh_token
     Limit: refresh per address
@@ -2618,11 +2627,12 @@ async def refresh(body: RefreshRequest, exchange: CurrentExchange) -> TokenPair:
     this["oldest"] = now() - timedelta(days=SESSION_DAYS)
     this["a_second_ago"] = now() - timedelta(seconds=1)
     async with database.transaction() as db:
-        # The session is locked before its token, as a logout does it: neither waits for the other.
-        sessions = await db.fetch(LOCK_SESSION, **this)
+        # This also locks the session before its token, as a logout does: no deadlock.
+        sessions = await db.fetch(EXTEND_SESSION, **this)
         if sessions and await db.fetch(USE_REFRESH_TOKEN, **this):  # Of racing ones, one gets it.
             return await issue_tokens(db, sessions[0])
         await db.fetch(END_REPLAYED_SESSION, **this)
+    # After the commit: raised within, it would undo the end of the session.
     raise unauthorized("invalid_refresh_token", "This refresh token is not valid: log in.")
 
 
@@ -2786,7 +2796,7 @@ async def change_user(user_id: int, values: Row, kept_session: int = 0) -> UserP
         if values.get("role") == "user" or values.get("is_active") is False:
             await insist_on_another_admin(db, user_id)
         user = only(await db.fetch(sql, id=user_id, **values), "user", user_id)
-        await insist_on_session(db, kept_session)  # Its row is locked now: nobody ends it any more.
+        await insist_on_session(db, kept_session)  # No other change of the password ends it now.
         if "password_hash" in values or not user["is_active"]:
             await db.fetch(END_SESSIONS_BUT, user_id=user_id, kept_session=kept_session)
     return UserPublic.model_validate(user)
@@ -2965,7 +2975,7 @@ async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = No
         if header is None:
             hello = await receive_hello(socket)
             header = f"Bearer {hello.token}"
-            since = hello.since
+            since = since if hello.since is None else hello.since
         user = await counted_caller(exchange_of(socket), "read", header)
         async with open_stream(user, since, client_id) as stream:
             watching = asyncio.create_task(watch_peer(socket, stream))
@@ -2983,7 +2993,7 @@ routers = (tasks, attachments, auth, account, admin, health)
 # Not by include_router, whose routes are matched twice; and before /docs: they are tried in order.
 app.router.routes[:0] = [route for router in routers for route in router.routes]
 gc.freeze()
-gc.enable()
+gc.enable()  # From here on there may be some.
 
 # ── 12 Command line ─────────────────────────────────────────────────────────────────────────────
 # Commands work beside a running server: the database's own locks are all that they need, and what
@@ -2993,8 +3003,7 @@ gc.enable()
 def serve(reload: bool) -> None:
     """Listen, say where, and serve until Ctrl-C or SIGTERM. Errors: SystemExit."""
     options: Any = {"host": settings.host, "port": settings.port, "reload": reload, "http": "h11"}
-    options |= {"proxy_headers": bool(settings.trusted_proxies), "timeout_graceful_shutdown": 3}
-    options |= {"forwarded_allow_ips": settings.trusted_proxies, "server_header": False}
+    options |= {"proxy_headers": False, "server_header": False, "timeout_graceful_shutdown": 3}
     options |= {"ws": BoundedWebSocket, "ws_max_size": MAX_SOCKET_BYTES, "access_log": False}
     options |= {"ws_per_message_deflate": False, "log_config": None, "log_level": "critical"}
     config = uvicorn.Config("__main__:app" if reload else app, **options)
