@@ -556,12 +556,8 @@ class Public(SQLModel):
 
     model_config = {"use_attribute_docstrings": True}
     __table_args__: Any = {"sqlite_autoincrement": True}
-    __init__ = BaseModel.__init__
+    __init__ = BaseModel.__init__  # SQLModel's own reads a row three times as slowly.
     id: int = Field(primary_key=True)
-
-
-Public.__new__ = object.__new__
-"""With SQLModel's own `__new__` and `__init__`, to read a row takes three times as long."""
 
 
 class UserPublic(Public):
