@@ -6,7 +6,7 @@ Then   open http://127.0.0.1:8000/docs, or follow the README with curl.
 
 Sections
    1  Settings              every knob, read from the environment and .env, checked at start
-   2  Errors                one shape for every error, raised through small factories
+   2  Errors                one shape for every error, and what they have in common
    3  Database              SQLite or PostgreSQL: constant SQL, one statement a read
    4  Tables                users, sessions, refresh tokens, tasks, attachments
    5  Schemas               what comes in and what goes out
@@ -85,7 +85,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, nullcontext, suppress
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, get_args
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, cast, get_args
 from urllib.parse import quote, unquote_to_bytes
 from weakref import WeakValueDictionary
 
@@ -230,9 +230,12 @@ def now() -> datetime:
 
 
 # ── 2 Errors ────────────────────────────────────────────────────────────────────────────────────
-# One envelope for every error, whoever noticed it. Small factories, so that a route shows a raise.
+# One envelope for every error, whoever noticed it. A route shows the raise, its status and code.
 # Messages say the next step, and never repeat a sent value, which may be a password; of what is not
 # known they repeat the name.
+
+# Of an error that brings none. Ref: RFC 6750 §3; RFC 9110 §15.6.4
+USUAL_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
 
 
 class ApiError(HTTPException):
@@ -249,7 +252,8 @@ def error_response(error: HTTPException, request_id: str) -> Response:
         return Response(status_code=304, headers=error.headers)
     body = {"code": "http_error", "message": str(error.detail), "request_id": request_id}
     body |= getattr(error, "body", {})
-    return JSONResponse({"error": body}, error.status_code, error.headers)
+    headers = error.headers or USUAL_HEADERS.get(error.status_code)
+    return JSONResponse({"error": body}, error.status_code, headers)
 
 
 def only(rows: list[Row], kind: str, key: int) -> Any:
@@ -257,16 +261,6 @@ def only(rows: list[Row], kind: str, key: int) -> Any:
     if not rows:
         raise ApiError(404, f"{kind}_not_found", f"No {kind.replace('_', ' ')} {key}.")
     return rows[0]
-
-
-def unauthorized(code: str, message: str) -> ApiError:
-    """401. Ref: RFC 6750 §3."""
-    return ApiError(401, code, message, {"WWW-Authenticate": "Bearer"})
-
-
-def try_later(code: str, message: str) -> ApiError:
-    """503. Ref: RFC 9110 §15.6.4."""
-    return ApiError(503, code, message, {"Retry-After": "5"})
 
 
 def resync_required() -> ApiError:
@@ -354,7 +348,7 @@ class Database:
             async with turn, asyncio.timeout(READ_SECONDS):
                 return await self.select(sql, {**values, "user_id": user_id, "now": now()}, quick)
         except TimeoutError:
-            raise try_later("too_slow", "This took too long. Ask for less.") from None
+            raise ApiError(503, "too_slow", "This took too long. Ask for less.") from None
 
 
 class SQLite(Database):
@@ -1131,7 +1125,6 @@ def load_secret_key(path: Path) -> str:
 # token's signature is remembered.
 
 USE_SECONDS = 60  # How exactly it is known when a session was last used.
-NOTE_SECONDS = 0.1  # How long a request waits to note that.
 WHO_ASKS = """
 SELECT users.id, username, email, role, is_active, users.created_at, seq, scope,
     sessions.id AS session_id, sessions.created_at AS session_created_at, last_used_at
@@ -1150,7 +1143,8 @@ class Exchange:
         given = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.request_headers.get("x-request-id", ""))
         self.request_id = given[0] if given else secrets.token_hex(8)
         self.address: str = (scope.get("client") or ["local"])[0]  # TRUSTED_PROXIES may name it.
-        self.user_id: int | None = None
+        self.authorization = self.request_headers.get("authorization", "")
+        self.user = "anonymous"
         self.max_body_bytes = settings.max_body_kib * 1024
         self.headers: dict[str, str] = {}  # Of an answer that is no error.
         self.limit_headers: dict[str, str] = {}  # Of any answer.
@@ -1211,24 +1205,24 @@ async def authenticate(authorization: str) -> Caller:
     scheme, _, token = authorization.partition(" ")
     token = token.strip()
     if scheme.lower() != "bearer":
-        raise unauthorized("not_authenticated", "Send the header Authorization: Bearer <token>.")
+        raise ApiError(401, "not_authenticated", "Send the header Authorization: Bearer <token>.")
     if token.startswith(API_TOKEN_PREFIX):
         caller = await find_caller(0, 0, token_hash(token))
     else:
         # Ours are shorter; of what is remembered as no token, this is enough.
         access = decode_access_token(token[:1000], settings.secret_key)
         if access is None:
-            raise unauthorized("invalid_token", "This is no token of this server: log in.")
+            raise ApiError(401, "invalid_token", "This is no token of this server: log in.")
         user_id, session_id, expires_at = access
         if expires_at + CLOCK_LEEWAY_SECONDS <= now().timestamp():
-            raise unauthorized("token_expired", "This token has expired: refresh, or log in.")
+            raise ApiError(401, "token_expired", "This token has expired: refresh, or log in.")
         caller = await find_caller(user_id, session_id)
     if caller is None:
-        raise unauthorized("session_ended", "This token's session has ended: log in.")
+        raise ApiError(401, "session_ended", "This token's session has ended: log in.")
     if now() - caller.last_used_at > timedelta(seconds=USE_SECONDS):
-        # It goes on if it takes longer: who reads waits for no disk that is busy.
+        # It goes on if that takes longer: who reads waits for no disk that is busy.
         noting = asyncio.create_task(note_use(caller.session_id))
-        await asyncio.wait([noting], timeout=NOTE_SECONDS)
+        await asyncio.wait([noting], timeout=0.1)
     return caller
 
 
@@ -1301,8 +1295,7 @@ redis = Redis()
 
 def exchange_of(connection: HTTPConnection) -> Exchange:
     """The exchange that section 10 began."""
-    exchange: Exchange = connection.scope["exchange"]
-    return exchange
+    return cast(Exchange, connection.scope["exchange"])
 
 
 CurrentExchange = Annotated[Exchange, Depends(exchange_of)]
@@ -1354,27 +1347,22 @@ def limited(name: str) -> Any:
     return Depends(count_address)
 
 
-async def counted_caller(exchange: Exchange, limit: str, authorization: str) -> Caller:
-    """Whom a header names, counted by user, or by address if it names nobody. Errors: 401; 429."""
-    try:
-        caller = await authenticate(authorization)
-    except ApiError:
-        await count(exchange, limit, address_key(exchange))
-        raise
-    caller.exchange = exchange
-    exchange.user_id = caller.id
-    await count(exchange, limit, f"user {caller.id}")
-    return caller
-
-
 class Authentication(OAuth2PasswordBearer):
     """The dependency behind CurrentUser, which /docs shows as the way to log in."""
 
     async def __call__(self, request: HTTPConnection) -> Caller:  # type: ignore[override]
-        """Who asks, within their limits. Errors: 401; 403 insufficient_scope; 429."""
-        reads = request.scope["method"] == "GET"
-        header = request.headers.get("authorization", "")
-        caller = await counted_caller(exchange_of(request), "read" if reads else "write", header)
+        """Who asks, counted by user or address. Errors: 401; 403 insufficient_scope; 429."""
+        exchange = exchange_of(request)
+        reads = request.scope["method"] in ("GET", "WEBSOCKET")
+        limit = "read" if reads else "write"
+        try:
+            caller = await authenticate(exchange.authorization)
+        except ApiError:
+            await count(exchange, limit, address_key(exchange))
+            raise
+        caller.exchange = exchange
+        exchange.user = f"user {caller.id}"
+        await count(exchange, limit, exchange.user)
         if caller.scope == "read" and not reads:
             raise ApiError(403, "insufficient_scope", "This API token may only GET.")
         return caller
@@ -1450,26 +1438,20 @@ async def changes_after(user_id: int, since: int, limit: int) -> Missed:
     """What changed after a cursor, deletions included. Errors: 401 if the user is gone; 503."""
     rows = await database.read(user_id, CHANGES_AFTER, since=since, limit=limit + 1)
     if not rows:
-        raise unauthorized("session_ended", "This account is gone.")
+        raise ApiError(401, "session_ended", "This account is gone.")
     tasks = TASK_LIST.validate_python([row for row in rows[:limit] if row["id"]])
     seq = rows[0]["seq"]
     cursor = tasks[-1].version if len(rows) > limit else seq
     return Missed(seq, rows[0]["purged_seq"], tasks, cursor)
 
 
-class LiveEvent(ServerSentEvent):
-    """What a stream sends, encoded once for all streams; a WebSocket sends its data alone."""
-
-    raw_data: str
-
-
-def live_event(task: TaskPublic) -> LiveEvent:
+def live_event(task: TaskPublic) -> ServerSentEvent:
     """A task as the change that left it so. One that nobody has changed since is `created`."""
     kind = "created" if task.updated_at == task.created_at else "updated"
     if task.deleted_at:
         kind = "deleted"
     text = f'{{"type":"{kind}","seq":{task.version},"task":{task.model_dump_json()}}}'
-    return LiveEvent(event=kind, raw_data=text, id=str(task.version))
+    return ServerSentEvent(event=kind, raw_data=text, id=str(task.version))
 
 
 class Broadcaster:
@@ -1477,7 +1459,7 @@ class Broadcaster:
 
     def __init__(self) -> None:
         self.streams: WeakValueDictionary[int, set[Stream]] = WeakValueDictionary()
-        self.reads: dict[int, dict[int, asyncio.Task[tuple[Missed, list[LiveEvent]]]]] = {}
+        self.reads: dict[int, dict[int, asyncio.Task[tuple[Missed, list[ServerSentEvent]]]]] = {}
 
     def everybody(self) -> list["Stream"]:
         """The open streams of all users."""
@@ -1508,12 +1490,12 @@ class Broadcaster:
             else:
                 self.ring(caller.id, caller.seq)
 
-    async def read(self, user_id: int, cursor: int) -> tuple[Missed, list[LiveEvent]]:
+    async def read(self, user_id: int, cursor: int) -> tuple[Missed, list[ServerSentEvent]]:
         """One batch after a cursor, encoded. Errors: 401; 503."""
         missed = await changes_after(user_id, cursor, limit=100)
         return missed, [live_event(task) for task in missed.tasks]
 
-    async def shared_read(self, user_id: int, cursor: int) -> tuple[Missed, list[LiveEvent]]:
+    async def shared_read(self, user_id: int, cursor: int) -> tuple[Missed, list[ServerSentEvent]]:
         """The same, done once for all streams that ask for it meanwhile."""
         reads = self.reads.setdefault(user_id, {})
         if cursor not in reads:
@@ -1543,7 +1525,7 @@ class Stream:
         self.end = self.end or (code, reason)
         self.wake.set()
 
-    async def missed(self) -> list[LiveEvent]:
+    async def missed(self) -> list[ServerSentEvent]:
         """What was not sent yet, a batch at a time."""
         try:
             missed, events = await broadcaster.shared_read(self.user.id, self.cursor)
@@ -1551,13 +1533,13 @@ class Stream:
             return []
         if missed.stale(self.cursor, self.known_purge):
             self.cursor = missed.seq
-            return [LiveEvent(event="resync_required", raw_data=RESYNC, id=str(missed.seq))]
+            return [ServerSentEvent(event="resync_required", raw_data=RESYNC, id=str(missed.seq))]
         self.cursor = missed.cursor
         if missed.cursor < missed.seq:  # Then there is no reason to sleep.
             self.wake.set()
         return events
 
-    async def events(self) -> AsyncIterator[LiveEvent]:
+    async def events(self) -> AsyncIterator[ServerSentEvent]:
         """Everything after the cursor, in seq order, none twice, until closed."""
         while not self.end:
             for event in await self.missed():
@@ -1699,7 +1681,7 @@ async def changing(user: Caller, size: int = 0) -> AsyncIterator[Change]:
     async with database.transaction(user.id) as db:
         rows = await db.fetch(TAKE_SEQ, user_id=user.id, session_id=user.session_id, size=size)
         if not rows:
-            raise unauthorized("session_ended", "Your session has ended meanwhile: log in.")
+            raise ApiError(401, "session_ended", "Your session has ended meanwhile: log in.")
         user.seq = rows[0]["seq"]
         user.answer_with(ETag=f'"{user.seq}"')  # The version of what is written now.
         change = Change(db, user, size)
@@ -1735,7 +1717,7 @@ webhook_calls: set[asyncio.Task[None]] = set()
 def tell_webhook(task: TaskPublic | None) -> None:
     """Post a change to WEBHOOK_URL, unless too many wait; never in the way of what caused it."""
     if task and settings.webhook_url and len(webhook_calls) < 2000:
-        call = asyncio.create_task(call_webhook(live_event(task).raw_data))
+        call = asyncio.create_task(call_webhook(str(live_event(task).raw_data)))
         webhook_calls.add(call)
         call.add_done_callback(webhook_calls.discard)
 
@@ -1929,11 +1911,11 @@ class Conversation:
             more["Cache-Control"] = "no-store"
         headers.raw.extend((k.lower().encode(), v.encode("latin-1")) for k, v in more.items())
 
-    async def fail(self, error: HTTPException) -> None:
+    async def fail(self, status: int, code: str, text: str) -> None:
         """Answer with the envelope, unless that is too late; uvicorn then ends the connection."""
         with suppress(OSError, RuntimeError, ClientDisconnect):
             if self.status == 0:
-                answer = error_response(error, self.exchange.request_id)
+                answer = error_response(ApiError(status, code, text), self.exchange.request_id)
                 await answer(self.scope, self.receive, self.send)
 
     def write_log(self) -> None:
@@ -1941,13 +1923,12 @@ class Conversation:
         took = time.perf_counter() - self.began
         route = getattr(self.scope.get("route"), "name", "none")
         REQUESTS.labels(route, self.status).observe(took)
-        user = f"user {self.exchange.user_id}" if self.exchange.user_id else "anonymous"
         if log.isEnabledFor(logging.INFO):
-            what = f"{self.method} {quote(self.scope['path'])} {self.status} {took * 1000:.1f} ms"
-            line = f"{time.strftime(LOG_TIME)} INFO {self.exchange.request_id} {what} {user}\n"
+            end = f"{self.status} {took * 1000:.1f} ms {self.exchange.user}"
+            line = f"{self.exchange.request_id} {self.method} {quote(self.scope['path'])} {end}"
             # To hand it to logging would take a tenth of a short request's time.
             with suppress(OSError, ValueError):
-                sys.stderr.write(line)
+                sys.stderr.write(f"{time.strftime(LOG_TIME)} INFO {line}\n")
 
 
 class Gateway:
@@ -1960,23 +1941,22 @@ class Gateway:
         """Run one request, and turn a failure into an error with the request's id."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        conversation = Conversation(scope, receive, send)
+        wire = Conversation(scope, receive, send)
         try:
-            await self.app(conversation.scope, conversation.receive, conversation.send)
+            await self.app(wire.scope, wire.receive, wire.send)
         except (ClientDisconnect, WebSocketDisconnect, WebSocketDisconnected):
-            conversation.status = conversation.status or 499  # What proxies call it.
+            wire.status = wire.status or 499  # What proxies call it.
         except asyncio.CancelledError:
-            await conversation.fail(try_later("server_stopping", "The server is stopping."))
+            await wire.fail(503, "server_stopping", "The server is stopping.")
         except database.failures as error:  # It does not answer, or its disk is full.
-            log.error("%s the database failed: %r", conversation.exchange.request_id, error)
-            message = "The database does not answer. Try again."
-            await conversation.fail(try_later("database_unavailable", message))
+            log.error("%s the database failed: %r", wire.exchange.request_id, error)
+            await wire.fail(503, "database_unavailable", "The database does not answer. Try again.")
         except Exception:
-            log.exception("%s failed", conversation.exchange.request_id)
+            log.exception("%s failed", wire.exchange.request_id)
             message = "Something failed here; the log knows more by this request_id."
-            await conversation.fail(ApiError(500, "internal_error", message))
+            await wire.fail(500, "internal_error", message)
         finally:
-            conversation.write_log()
+            wire.write_log()
 
 
 async def on_http_error(request: Request, error: Any) -> Response:
@@ -2557,7 +2537,7 @@ async def start_session(exchange: Exchange, user_id: int, password_hash: str = "
     times = {"created_at": moment, "last_used_at": moment, "expires_at": end}
     async with database.transaction() as db:
         if not await db.fetch(LOCK_IF_VERIFIED, id=user_id, password_hash=password_hash):
-            raise unauthorized("invalid_credentials", "The account has just changed: try again.")
+            raise ApiError(401, "invalid_credentials", "The account has just changed: try again.")
         rows = await db.insert("sessions", user_id=user_id, **times, **client_columns(exchange))
         return await issue_tokens(db, rows[0])
 
@@ -2585,7 +2565,7 @@ async def log_in(body: Credentials, exchange: CurrentExchange) -> TokenPair:
     """
     user = await verify_password(exchange, body.username, body.password)
     if user is None:
-        raise unauthorized("invalid_credentials", "Wrong username or password.")
+        raise ApiError(401, "invalid_credentials", "Wrong username or password.")
     if not user["is_active"]:
         raise ApiError(403, "account_disabled", "This account is disabled.")
     return await start_session(exchange, user["id"], user["password_hash"])
@@ -2629,7 +2609,7 @@ async def refresh(body: RefreshRequest, exchange: CurrentExchange) -> TokenPair:
             return await issue_tokens(db, sessions[0])
         await db.fetch(END_REPLAYED_SESSION, **this)
     # After the commit: raised within, it would undo the end of the session.
-    raise unauthorized("invalid_refresh_token", "This refresh token is not valid: log in.")
+    raise ApiError(401, "invalid_refresh_token", "This refresh token is not valid: log in.")
 
 
 @auth.post("/token", dependencies=[limited("login")], response_model=TokenPair, responses=REFUSAL)
@@ -2674,11 +2654,10 @@ async def end_sessions(where: str, **values: Any) -> list[Row]:
 
 
 @auth.post("/logout", status_code=204, openapi_extra=LOGOUT)
-async def log_out(request: Request, exchange: CurrentExchange) -> None:
+async def log_out(request: Request) -> None:
     """End this session: by access token, or by `refresh_token` in the body. Errors: 401."""
-    header = request.headers.get("authorization", "")
     try:
-        user = await logged_in_user(await counted_caller(exchange, "write", header))
+        user = await logged_in_user(await login(request))
         await end_sessions("id = :id", id=user.session_id)
     except ApiError as error:
         if error.status_code != 401:
@@ -2721,7 +2700,7 @@ FROM sessions WHERE user_id = :user_id AND scope IS NOT NULL AND expires_at > :n
 async def insist_on_session(db: Transaction, session_id: int) -> None:
     """Errors: 401, if this session has ended meanwhile; 0 is the command line, or an admin."""
     if session_id and not await db.fetch("SELECT id FROM sessions WHERE id = :id", id=session_id):
-        raise unauthorized("session_ended", "Your session has ended meanwhile: log in.")
+        raise ApiError(401, "session_ended", "Your session has ended meanwhile: log in.")
 
 
 async def add_api_token(user_id: int, body: ApiTokenCreate, session_id: int = 0) -> ApiTokenCreated:
@@ -2909,7 +2888,7 @@ async def read_metrics(request: Request) -> Response:
         raise ApiError(404, "not_found", "METRICS is off.")
     if settings.metrics == "admin":
         # Called directly, so that an admin's API token passes: Prometheus cannot log in.
-        await admin_user(await authenticate(request.headers.get("authorization", "")))
+        await admin_user(await authenticate(exchange_of(request).authorization))
     figures = prometheus_client.generate_latest()
     return Response(figures, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
@@ -2959,7 +2938,7 @@ async def send_events(socket: WebSocket, stream: Stream) -> None:
         await socket.send_text(RESYNC)
     async for event in stream.events():
         async with asyncio.timeout(SEND_SECONDS):
-            await socket.send_text(event.raw_data)
+            await socket.send_text(str(event.raw_data))
 
 
 @app.websocket("/ws/tasks/{client_id}")
@@ -2967,12 +2946,11 @@ async def watch_tasks(socket: WebSocket, client_id: ClientId, since: Cursor = No
     """Live updates over a WebSocket; the README has the protocol. Ref: RFC 6455 §7.4."""
     await socket.accept()
     try:
-        header = socket.headers.get("authorization")
-        if header is None:
+        if "authorization" not in socket.headers:
             hello = await receive_hello(socket)
-            header = f"Bearer {hello.token}"
+            exchange_of(socket).authorization = f"Bearer {hello.token}"
             since = since if hello.since is None else hello.since
-        user = await counted_caller(exchange_of(socket), "read", header)
+        user = await login(socket)
         async with open_stream(user, since, client_id) as stream:
             watching = asyncio.create_task(watch_peer(socket, stream))
             await send_events(socket, stream)

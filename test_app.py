@@ -2980,7 +2980,7 @@ def test_every_route_and_every_error_code_stands_in_the_readme():
         shape = re.sub(r"\{\w+}", r"{\\w+}", path.removeprefix(app.API))
         shape = rf"\b{method}\b.*[ `]({app.API})?{shape}(?![\w/{{])"
         assert re.search(shape, README), f"{method} {path}"
-    called = r'(?:ApiError\(\s*\d+,|unauthorized\(|try_later\()\s*"(\w+)"'
+    called = r'(?:ApiError|fail)\(\s*\d+,\s*"(\w+)"'
     codes = set(re.findall(called, SOURCE)) - {"not_modified"}
     codes |= {f"{of}_not_found" for of in ("task", "attachment", "session", "api_token", "user")}
     assert {code for code in codes if f"`{code}`" not in README} == set()
