@@ -1622,8 +1622,7 @@ class Change:
 
     async def task(self, key: int, if_match: str | None = None, trash: bool = False) -> TaskPublic:
         """One task, in the trash or out of it. Errors: 404; 412."""
-        row = await self.find("task", FIND_TASK, key, if_match, trash=trash)
-        return TASK.validate_python(row)
+        return TASK.validate_python(await self.find("task", FIND_TASK, key, if_match, trash=trash))
 
     async def create(self, values: Row) -> TaskPublic:
         """A new task. Errors: 413; Replayed, with the task that its idempotency_key made before."""
@@ -2020,9 +2019,8 @@ app = make_app(
     lifespan=lifespan,
 )
 if settings.cors_origins:  # No credentials: a token is no cookie. Ref: Fetch §3.3
-    origins = settings.cors_origins.replace(" ", "").split(",")
-    allowed: Any = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["*"]}
-    app.add_middleware(CORSMiddleware, allow_origins=origins, **allowed)
+    more: Any = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["*"]}
+    app.add_middleware(CORSMiddleware, allow_origins=re.split(", ?", settings.cors_origins), **more)
 app.add_middleware(Gateway)
 if settings.trusted_proxies:  # Around Gateway: it corrects the caller's address, and nothing else.
     app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)
