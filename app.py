@@ -1353,8 +1353,7 @@ class Authentication(OAuth2PasswordBearer):
     async def __call__(self, request: HTTPConnection) -> Caller:  # type: ignore[override]
         """Who asks, counted by user or address. Errors: 401; 403 insufficient_scope; 429."""
         exchange = exchange_of(request)
-        reads = request.scope["method"] in ("GET", "WEBSOCKET")
-        limit = "read" if reads else "write"
+        limit = "read" if request.scope["method"] in ("GET", "WEBSOCKET") else "write"
         try:
             caller = await authenticate(exchange.authorization)
         except ApiError:
@@ -1363,7 +1362,7 @@ class Authentication(OAuth2PasswordBearer):
         caller.exchange = exchange
         exchange.user = f"user {caller.id}"
         await count(exchange, limit, exchange.user)
-        if caller.scope == "read" and not reads:
+        if caller.scope == "read" and limit == "write":
             raise ApiError(403, "insufficient_scope", "This API token may only GET.")
         return caller
 
