@@ -749,19 +749,24 @@ Title = Annotated[str, Trimmed, StringConstraints(max_length=200), Storable]
 Time = Annotated[datetime, BeforeValidator(parse_time, datetime | date)]
 FromTime = Annotated[datetime, BeforeValidator(first_moment, datetime | date)]
 ToTime = Annotated[datetime, BeforeValidator(last_moment, datetime | date)]
-NAME: Row = {"type": "string", "minLength": 3, "maxLength": 50}
-NAME["pattern"] = r"^[^\s!-,/:-@\[-\^`{-~]+$"
-Username = Annotated[str, AfterValidator(valid_username), pydantic.WithJsonSchema(NAME)]
+NAME: Row = {"minLength": 3, "maxLength": 50, "pattern": r"^[^\s!-,/:-@\[-\^`{-~]+$"}
+Username = Annotated[str, AfterValidator(valid_username), pydantic.Field(json_schema_extra=NAME)]
 Password = Annotated[str, pydantic.Field(min_length=8, max_length=256), AfterValidator(uncommon)]
 Email = Annotated[str, StringConstraints(max_length=254, pattern=r"^[^@\s]+@[^@\s]+$"), Storable]
 Id = Annotated[int, pydantic.Field(ge=1, le=MAX_ID)]
-Seq = Annotated[int, pydantic.Field(ge=0, le=MAX_ID)]
+Cursor = Annotated[int, pydantic.Field(ge=0, le=MAX_ID)] | None
 
 
-class Body(SQLModel):
+class Schema(BaseModel):
+    """The base of what is no row: a string under a field describes it in /docs."""
+
+    model_config = {"use_attribute_docstrings": True}
+
+
+class Body(Schema):
     """The base of every body: strict, and an unknown field is an error that names it."""
 
-    model_config = {"strict": True, "extra": "forbid", "use_attribute_docstrings": True}
+    model_config = {"strict": True, "extra": "forbid"}
 
 
 def example(**values: Any) -> Any:
@@ -857,10 +862,9 @@ class ApiTokenCreated(ApiTokenPublic):
     token: str
 
 
-class TokenPair(BaseModel):
+class TokenPair(Schema):
     """Send the access token as `Authorization: Bearer …`; the refresh token gets the next pair."""
 
-    model_config = {"use_attribute_docstrings": True}
     access_token: str
     refresh_token: str
     token_type: str = "bearer"
@@ -912,7 +916,7 @@ class TaskUpdate(TaskCreate):
     title: Title = ""
 
 
-class Collection(BaseModel, Generic[T]):
+class Collection(Schema, Generic[T]):
     """Described in its config, because Collection[TaskPublic] inherits no docstring."""
 
     model_config = {"json_schema_extra": {"description": "All, a page, or the changes."}}
@@ -934,10 +938,10 @@ class Page(Collection[T], Generic[T]):
     meta: PageMeta
 
 
-class PageQuery(BaseModel):
+class PageQuery(Schema):
     """Paging. The highest page keeps OFFSET within 64 bits."""
 
-    model_config = {"extra": "forbid", "use_attribute_docstrings": True}
+    model_config = {"extra": "forbid"}
     page: int = pydantic.Field(1, ge=1, le=2**53)
     page_size: int = pydantic.Field(20, ge=1, le=100)
 
@@ -976,7 +980,6 @@ class AdminTaskQuery(TaskQuery):
 class Changes(Collection[TaskPublic]):
     """Changed tasks and tombstones, oldest change first."""
 
-    model_config = {"use_attribute_docstrings": True}
     next_since: int | str
     """Pass it back as `since`, as it is."""
     has_more: bool
@@ -989,10 +992,9 @@ class DayCount(BaseModel):
     count: int
 
 
-class Statistics(BaseModel):
+class Statistics(Schema):
     """Counts over the caller's tasks, the trash left out."""
 
-    model_config = {"use_attribute_docstrings": True}
     total: int
     by_status: dict[Status, int]
     by_priority: dict[Priority, int]
@@ -1035,10 +1037,9 @@ class Error(BaseModel):
     error: ErrorBody
 
 
-class TokenRequest(BaseModel):
+class TokenRequest(Schema):
     """The form of RFC 6749 §4.3.2 and §6."""
 
-    model_config = {"use_attribute_docstrings": True}
     grant_type: str = ""
     """`password` or `refresh_token`."""
     username: str = ""
@@ -2070,11 +2071,9 @@ IfNew = Annotated[str | None, Header(alias="If-None-Match")]
 Key = Annotated[str | None, Header(alias="Idempotency-Key", pattern=r"^[\x21-\x7e]{1,255}$")]
 Since = Annotated[str, Query(pattern=r"^[0-9]{1,18}(~[0-9]{1,18})?$")]
 ChangesLimit = Annotated[int, Query(ge=1, le=1000)]
-Cursor = Annotated[Seq | None, Query()]
-LastEventId = Annotated[Seq | None, Header(alias="Last-Event-ID")]
-PolyfillsId = Annotated[Seq | None, Query(alias="lastEventId")]
+LastEventId = Annotated[Cursor, Header(alias="Last-Event-ID")]
+PolyfillsId = Annotated[Cursor, Query(alias="lastEventId")]
 TokenForm = Annotated[TokenRequest, Form()]
-Responses = dict[int | str, dict[str, Any]]
 BASE = settings.root_path + API
 
 
@@ -2088,10 +2087,10 @@ register_url_convertor("task_id", TaskIdConvertor())
 # Without a model, of which FastAPI would make two for each route.
 ERROR: Row = {"content": {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/Error"}}}}
 FAILURES = {"4XX": "The request is refused", "5XX": "The server failed"}
-ERRORS: Responses = {each: {"description": FAILURES[each], **ERROR} for each in FAILURES}
-NOT_MODIFIED: Responses = {304: {"description": "Unchanged: If-None-Match names its ETag"}}
-REPLAYED: Responses = {200: {"model": TaskPublic, "description": "Created before, by the same key"}}
-REFUSAL: Responses = {400: {"model": OAuthError}}
+ERRORS: Row = {each: {"description": FAILURES[each], **ERROR} for each in FAILURES}
+NOT_MODIFIED: Any = {304: {"description": "Unchanged: If-None-Match names its ETag"}}
+REPLAYED: Any = {200: {"model": TaskPublic, "description": "Created before, by the same key"}}
+REFUSAL: Any = {400: {"model": OAuthError}}
 ROUTER: Any = {"responses": ERRORS, "generate_unique_id_function": lambda route: route.name}
 tasks = APIRouter(prefix=f"{API}/tasks", tags=["tasks"], **ROUTER)
 TRASH = {True: "deleted_at IS NOT NULL", False: "deleted_at IS NULL"}
@@ -2162,7 +2161,6 @@ def parse_query(request: Request) -> TaskQuery:
 cached_pages: dict[tuple[int, bytes], tuple[int, bytes, str]] = {}
 """By user and query: the user's seq, the page encoded, its Link. Right as long as the seq stays."""
 MAX_CACHED_PAGES = 1000
-MAX_CACHED_BYTES = 32 * 1024  # Of one page.
 FIELDS = TaskQuery.model_json_schema()["properties"]  # What `parse_query` reads, for /docs.
 QUERY = {"parameters": [{"name": name, "in": "query", "schema": FIELDS[name]} for name in FIELDS]}
 
@@ -2187,7 +2185,7 @@ async def list_tasks(user: CurrentUser, request: Request) -> Response:
         link = user.exchange.headers["Link"]
         if len(cached_pages) >= MAX_CACHED_PAGES:
             cached_pages.clear()
-        if timeless and len(body) + len(link) <= MAX_CACHED_BYTES:  # A link repeats the query.
+        if timeless and len(body) + len(link) <= 32 * 1024:  # A link repeats the query.
             cached_pages[key] = (user.seq, body, link)
     user.answer_with(Link=link)
     return Response(body, media_type=JSON_TYPE)
@@ -2362,8 +2360,7 @@ async def empty_trash(user: CurrentUser) -> None:
     await purge(user.id, NEVER)
 
 
-OFFICE = "application/vnd.openxmlformats-officedocument"
-OFFICE_BEGINS = rb"PK\x03\x04|\xd0\xcf\x11\xe0"  # An encrypted one is an OLE file.
+OFFICE = rb"PK\x03\x04|\xd0\xcf\x11\xe0"  # An encrypted one is an OLE file.
 FILE_KINDS = {  # Extension: media type, and a pattern of how the content begins.
     "txt": ("text/plain", b""),
     "md": ("text/markdown", b""),
@@ -2375,11 +2372,10 @@ FILE_KINDS = {  # Extension: media type, and a pattern of how the content begins
     "gif": ("image/gif", rb"GIF8[79]a"),
     "webp": ("image/webp", rb"RIFF[\s\S]{4}WEBP"),
     "doc": ("application/msword", rb"\xd0\xcf\x11\xe0"),
-    "docx": (f"{OFFICE}.wordprocessingml.document", OFFICE_BEGINS),
-    "xlsx": (f"{OFFICE}.spreadsheetml.sheet", OFFICE_BEGINS),
+    "docx": ("application/vnd.openxmlformats-officedocument.wordprocessingml.document", OFFICE),
+    "xlsx": ("application/vnd.openxmlformats-officedocument.spreadsheetml.sheet", OFFICE),
     "zip": ("application/zip", rb"PK(\x03\x04|\x05\x06)"),
 }
-MAX_ATTACHMENTS = 100
 FILE = {"file": {"type": "string", "format": "binary"}}
 FORM_SCHEMA = {"type": "object", "required": ["file"], "properties": FILE}
 FORM = {"required": True, "content": {"multipart/form-data": {"schema": FORM_SCHEMA}}}
@@ -2402,15 +2398,15 @@ async def uploaded_file(request: Request) -> Row:
     """The columns of the one file in a form; other fields are ignored. Errors: 400; 413; 415."""
     max_bytes = settings.max_upload_mib * MIB
     exchange_of(request).max_body_bytes += max_bytes  # A form has an envelope around its file.
-    files = []
-    with suppress(KeyError, MultiPartException):  # It is no form, a broken one, or of two files.
+    try:
         form = await FormParser(request.headers, request.stream(), max_files=1).parse()
-        sent = [value for value in form.values() if isinstance(value, UploadFile)]
-        files = [(file.filename or "", await file.read()) for file in sent]
-        await form.close()
-    if not files:
-        raise ApiError(400, "invalid_form", "Send a form with one file: curl -F file=@NAME.")
-    name, content = files[0]
+        [sent] = [value for value in form.values() if isinstance(value, UploadFile)]
+    except (KeyError, MultiPartException, ValueError):  # No form, a broken one, or of no file.
+        message = "Send a form with one file: curl -F file=@NAME."
+        raise ApiError(400, "invalid_form", message) from None
+    content = await sent.read()
+    await form.close()
+    name = sent.filename or ""
     with suppress(LookupError, ValueError, email.errors.MessageError):  # Ref: RFC 2047
         name = str(email.header.make_header(email.header.decode_header(name)))
     name = re.split(r"[/\\]", name)[-1]  # Ref: RFC 7578 §4.2
@@ -2450,8 +2446,8 @@ async def attach_file(
     file = await uploaded_file(request)
     async with changing(user, file["size_bytes"]) as change:
         task = await change.task(task.id, if_match)
-        if task.attachments >= MAX_ATTACHMENTS:
-            raise ApiError(409, "too_many_attachments", f"A task has at most {MAX_ATTACHMENTS}.")
+        if task.attachments >= 100:
+            raise ApiError(409, "too_many_attachments", "A task has at most 100.")
         await change.update(task, {"attachments": task.attachments + 1})
         this = {"task_id": task.id, "created_at": change.moment}
         rows = await change.db.fetch(ADD_ATTACHMENT, **file, **this)
@@ -2465,7 +2461,7 @@ FIND_ATTACHMENT = """
 SELECT attachments.*, version FROM attachments JOIN tasks ON tasks.id = task_id
 WHERE attachments.id = :id AND owner_id = :user_id AND deleted_at IS NULL"""
 CONTENTS: Row = {media_type: {} for media_type, _ in FILE_KINDS.values()}
-DOWNLOAD: Responses = {200: {"description": "The file", "content": CONTENTS}, **NOT_MODIFIED}
+DOWNLOAD: Any = {200: {"description": "The file", "content": CONTENTS}, **NOT_MODIFIED}
 
 
 @attachments.get("/{attachment_id}", response_class=Response, responses=DOWNLOAD)
@@ -2906,7 +2902,7 @@ class Hello(Body):
     """The first frame of a socket that sent no Authorization header."""
 
     token: Text
-    since: Seq | None = None
+    since: Cursor = None
 
 
 async def receive_hello(socket: WebSocket) -> Hello:
