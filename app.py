@@ -564,10 +564,9 @@ class UserPublic(Public):
     created_at: datetime
 
 
-class User(UserPublic, table=True):
+class Users(UserPublic, table=True):
     """The private half of an account. `seq` is the number that section 9 is about."""
 
-    __tablename__ = "users"
     username_key: str = Field(unique=True)
     password_hash: str
     seq: int
@@ -587,10 +586,9 @@ class SessionPublic(Public):
     expires_at: datetime
 
 
-class Session(SessionPublic, table=True):
+class Sessions(SessionPublic, table=True):
     """A login, or an API token: with a name and a scope. Deleting the row ends it at once."""
 
-    __tablename__ = "sessions"
     user_id: int = Field(foreign_key="users.id", ondelete="CASCADE", index=True)
     name: str | None
     scope: str | None
@@ -627,10 +625,9 @@ class TaskPublic(Public):
     deleted_at: datetime | None = Field(index=True)
 
 
-class Task(TaskPublic, table=True):
+class Tasks(TaskPublic, table=True):
     """The private half of a task."""
 
-    __tablename__ = "tasks"
     title_key: str = Field(sa_type=BINARY_TEXT)
     """Folded, for searching and sorting."""
     description_key: str
@@ -650,10 +647,9 @@ class AttachmentPublic(Public):
     created_at: datetime
 
 
-class Attachment(AttachmentPublic, table=True):
+class Attachments(AttachmentPublic, table=True):
     """The private half of an attachment: in the database, so that a backup is one file."""
 
-    __tablename__ = "attachments"
     content: bytes
 
 
@@ -1573,7 +1569,7 @@ WHERE id = :id AND owner_id = :user_id AND (deleted_at IS NOT NULL) = :trash"""
 FIND_BY_KEY = f"""
 SELECT {TASK_COLUMNS} FROM tasks
 WHERE owner_id = :owner_id AND idempotency_key = :idempotency_key"""
-CHANGED_COLUMNS = [name for name in Task.model_fields if name not in ("id", "idempotency_key")]
+CHANGED_COLUMNS = [name for name in Tasks.model_fields if name not in ("id", "idempotency_key")]
 UPDATE_TASK = f"""
 UPDATE tasks SET {", ".join(f"{name} = :{name}" for name in CHANGED_COLUMNS)}
 WHERE id = :id RETURNING {TASK_COLUMNS}"""
@@ -2116,6 +2112,7 @@ TaskPage = Page[TaskPublic]
 
 async def page_of(user: Caller, path: str, query: PageQuery, sql: str, **values: Any) -> Any:
     """A page of rows that carry their total, with its Link header. Ref: RFC 8288. Errors: 503."""
+    sql += " LIMIT :limit OFFSET :offset"
     size = query.page_size
     quick = "search" not in values  # To compare one long text may take milliseconds.
     rows = await user.read(sql, quick, limit=size, offset=(query.page - 1) * size, **values)
@@ -2138,8 +2135,7 @@ async def page_of_tasks(user: Caller, path: str, query: TaskQuery, **more: Any) 
     sort_key = SORT_KEYS.get(query.sort, query.sort)
     sql = f"""
 SELECT {TASK_COLUMNS}, (SELECT count(*) FROM tasks WHERE {where}) AS total
-FROM tasks WHERE {where}
-ORDER BY {sort_key} {query.order}, id {query.order} LIMIT :limit OFFSET :offset"""
+FROM tasks WHERE {where} ORDER BY {sort_key} {query.order}, id {query.order}"""
     for name in values.keys() & {"status", "priority"}:
         values[name] = ",".join(values[name])
     if query.search:
@@ -2799,9 +2795,7 @@ async def delete_account(user: RecentUser) -> None:
 
 
 admin = APIRouter(prefix=f"{API}/admin", tags=["admin"], **ROUTER)
-LIST_USERS = f"""
-SELECT {USER_COLUMNS}, (SELECT count(*) FROM users) AS total FROM users
-ORDER BY id LIMIT :limit OFFSET :offset"""
+LIST_USERS = f"SELECT {USER_COLUMNS}, (SELECT count(*) FROM users) AS total FROM users ORDER BY id"
 
 
 @admin.get("/users")
