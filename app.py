@@ -765,21 +765,17 @@ class Body(Schema):
     model_config = {"strict": True, "extra": "forbid"}
 
 
-def example(**values: Any) -> Any:
-    """A body that succeeds when it is sent as it is, for /docs."""
-    return {"json_schema_extra": {"examples": [values]}}
-
-
-def without_defaults(values: Row, schema: Row) -> None:
-    """An example for what is absent stays: with defaults, a generated client would send them."""
+def for_docs(values: Row, schema: Row) -> None:
+    """Add the example. Where all may be absent, absent means unchanged: no default to send then."""
     schema["examples"] = [values]
-    for field in schema["properties"].values():
-        field.pop("default", None)
+    if "required" not in schema:
+        for field in schema["properties"].values():
+            field.pop("default", None)
 
 
-def patch_example(**values: Any) -> Any:
-    """The same for a body in which what is absent stays."""
-    return {"json_schema_extra": functools.partial(without_defaults, values)}
+def example(**values: Any) -> Any:
+    """A body that succeeds when it is sent as it is."""
+    return {"json_schema_extra": functools.partial(for_docs, values)}
 
 
 class Credentials(Body):
@@ -816,7 +812,7 @@ class AdminUserCreate(Registration):
 class AdminUserUpdate(Body):
     """What an admin changes: what is absent stays."""
 
-    model_config = patch_example(is_active=True)
+    model_config = example(is_active=True)
     role: Role = "user"
     is_active: bool = True
     password: Password = ""
@@ -825,10 +821,10 @@ class AdminUserUpdate(Body):
 class UserUpdate(Body):
     """What to change; a new password needs the current one."""
 
-    model_config = patch_example(email="alice@example.org")
+    model_config = example(email="alice@example.org")
     email: Email | None = None
     password: Password = ""
-    current_password: Text = ""
+    current_password: Text = pydantic.Field("", exclude=True)
 
 
 class ApiTokenCreate(Body):
@@ -908,7 +904,7 @@ class TaskCreate(Body):
 class TaskUpdate(TaskCreate):
     """A JSON merge patch (RFC 7396): what is absent stays, null clears description and due_date."""
 
-    model_config = patch_example(completed=True)
+    model_config = example(completed=True)
     title: Title = ""
 
 
@@ -2426,7 +2422,7 @@ async def list_attachments(task: OwnedTask) -> Collection[AttachmentPublic]:
 
 ADD_ATTACHMENT = f"""
 INSERT INTO attachments (task_id, filename, content_type, size_bytes, sha256, content, created_at)
-VALUES (:task_id, :filename, :content_type, :size_bytes, :sha256, :content, :created_at)
+VALUES (:task_id, :filename, :content_type, :size_bytes, :sha256, :content, :now)
 RETURNING {ATTACHMENT_COLUMNS}"""
 
 
@@ -2445,8 +2441,7 @@ async def attach_file(
         if task.attachments >= 100:
             raise ApiError(409, "too_many_attachments", "A task has at most 100.")
         await change.update(task, {"attachments": task.attachments + 1})
-        this = {"task_id": task.id, "created_at": change.moment}
-        rows = await change.db.fetch(ADD_ATTACHMENT, **file, **this)
+        rows = await change.db.fetch(ADD_ATTACHMENT, **file, task_id=task.id, now=change.moment)
     etag = f'"{rows[0]["sha256"]}"'
     user.answer_with(Location=f"{BASE}/attachments/{rows[0]['id']}", ETag=etag)
     return AttachmentPublic.model_validate(rows[0])
@@ -2784,8 +2779,7 @@ async def update_account(body: UserUpdate, user: LoggedInUser) -> UserPublic:
     current = body.current_password
     if body.password and not await verify_password(user.exchange, user.username, current):
         raise ApiError(403, "wrong_password", "current_password is missing or wrong.")
-    values = body.model_dump(exclude={"current_password"}, exclude_unset=True)
-    return await change_user(user.id, values, kept_session=user.session_id)
+    return await change_user(user.id, body.model_dump(exclude_unset=True), user.session_id)
 
 
 @account.delete("", status_code=204)
