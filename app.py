@@ -532,8 +532,8 @@ database = PostgreSQL() if settings.database_url else SQLite()
 
 # ── 4 Tables ────────────────────────────────────────────────────────────────────────────────────
 # Most tables are two classes: the public half is also the answer that clients get, the private half
-# leaves only where a route says so. SQLModel declares the tables; the SQL that fills them stands
-# where it is used. AUTOINCREMENT: the id of something purged is never handed out again.
+# leaves only where a route says so. SQLModel names a table as its class, if that has no other name
+# for it; the SQL that fills it stands where it is used. AUTOINCREMENT: no purged id comes again.
 
 Role = Literal["user", "admin"]
 TokenScope = Literal["read", "write"]
@@ -754,7 +754,7 @@ Cursor = Annotated[int, pydantic.Field(ge=0, le=MAX_ID)] | None
 
 
 class Schema(BaseModel):
-    """The base of what is no row: a string under a field describes it in /docs."""
+    """The base of schemas that say more: a string under a field describes it in /docs."""
 
     model_config = {"use_attribute_docstrings": True}
 
@@ -1056,7 +1056,6 @@ UNKNOWN_USER_HASH = f"$2b${BCRYPT_COST}$" + "." * 53
 """What an unknown user's password is compared with, at the same cost. Nothing hashes to it."""
 ISSUER = "onefile-tasks"
 CLOCK_LEEWAY_SECONDS = 10
-SESSION_DAYS = 180
 REQUIRED_CLAIMS = ["iss", "sub", "sid", "typ", "iat", "exp", "jti"]
 PLACEHOLDER = re.compile(r"change.?(me|this|it)|your.?secret|secret.?key|example|insecure", re.I)
 password_workers = ThreadPoolExecutor(os.cpu_count() or 1, "password")
@@ -2584,7 +2583,7 @@ async def refresh(body: RefreshRequest, exchange: CurrentExchange) -> TokenPair:
     """
     end = now() + timedelta(days=settings.refresh_token_days)
     this = {"token_hash": token_hash(body.refresh_token), "end": end, **client_columns(exchange)}
-    this["oldest"] = now() - timedelta(days=SESSION_DAYS)
+    this["oldest"] = now() - timedelta(days=180)
     this["a_second_ago"] = now() - timedelta(seconds=1)
     async with database.transaction() as db:
         # This also locks the session before its token, as a logout does: no deadlock.
