@@ -2507,21 +2507,21 @@ async def issue_tokens(db: Transaction, session: Row) -> TokenPair:
     return TokenPair(access_token=access, refresh_token=token, expires_in=seconds)
 
 
-def client_columns(exchange: Exchange) -> Row:
-    """Who uses a session, from where."""
+def columns_of_use(exchange: Exchange) -> Row:
+    """Who uses a session, from where, and how long it lives from now on."""
     agent = exchange.request_headers.get("user-agent", "")[:200]
-    return {"address": exchange.address, "user_agent": agent}
+    end = now() + timedelta(days=settings.refresh_token_days)
+    return {"address": exchange.address, "user_agent": agent, "expires_at": end}
 
 
 async def start_session(exchange: Exchange, user_id: int, password_hash: str = "") -> TokenPair:
     """A new session with its first tokens, if the verified password still holds. Errors: 401."""
     moment = now()
-    end = moment + timedelta(days=settings.refresh_token_days)
-    times = {"created_at": moment, "last_used_at": moment, "expires_at": end}
+    columns = {"created_at": moment, "last_used_at": moment, **columns_of_use(exchange)}
     async with database.transaction() as db:
         if not await db.fetch(LOCK_IF_VERIFIED, id=user_id, password_hash=password_hash):
             raise ApiError(401, "invalid_credentials", "The account has just changed: try again.")
-        rows = await db.insert("sessions", user_id=user_id, **times, **client_columns(exchange))
+        rows = await db.insert("sessions", user_id=user_id, **columns)
         return await issue_tokens(db, rows[0])
 
 
@@ -2555,7 +2555,7 @@ async def log_in(body: Credentials, exchange: CurrentExchange) -> TokenPair:
 
 
 EXTEND_SESSION = """
-UPDATE sessions SET last_used_at = :now, expires_at = :end, address = :address,
+UPDATE sessions SET last_used_at = :now, expires_at = :expires_at, address = :address,
     user_agent = :user_agent
 WHERE id = (SELECT session_id FROM refresh_tokens WHERE token_hash = :token_hash)
     AND expires_at > :now AND created_at > :oldest RETURNING *"""
@@ -2581,8 +2581,7 @@ async def refresh(body: RefreshRequest, exchange: CurrentExchange) -> TokenPair:
     Limit: refresh per address
     Ref: RFC 9700 §4.14.2
     """
-    end = now() + timedelta(days=settings.refresh_token_days)
-    this = {"token_hash": token_hash(body.refresh_token), "end": end, **client_columns(exchange)}
+    this = {"token_hash": token_hash(body.refresh_token), **columns_of_use(exchange)}
     this["oldest"] = now() - timedelta(days=180)
     this["a_second_ago"] = now() - timedelta(seconds=1)
     async with database.transaction() as db:
