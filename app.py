@@ -392,10 +392,12 @@ class SQLite(Database):
     def keep_copy(self, version: int) -> None:
         """Copy the database as it is before an upgrade. Errors: OSError, sqlite3.Error."""
         copy = self.place.with_name(f"tasks-version-{version}.db")
-        copy.unlink(missing_ok=True)  # Of a start that failed.
-        copy.touch(0o600)
+        unfinished = copy.with_suffix(".new")
+        unfinished.unlink(missing_ok=True)  # Of a start that failed.
+        unfinished.touch(0o600)
         with closing(self.connect()) as connection:
-            connection.execute("VACUUM INTO ?", [str(copy)])
+            connection.execute("VACUUM INTO ?", [str(unfinished)])
+        unfinished.replace(copy)
         print(f"  Upgrade    the database as it was is kept in {copy}", flush=True)
 
     async def close(self) -> None:
@@ -532,8 +534,8 @@ database = PostgreSQL() if settings.database_url else SQLite()
 
 # ── 4 Tables ────────────────────────────────────────────────────────────────────────────────────
 # Most tables are two classes: the public half is also the answer that clients get, the private half
-# leaves only where a route says so. SQLModel names a table as its class, if that has no other name
-# for it; the SQL that fills it stands where it is used. AUTOINCREMENT: no purged id comes again.
+# leaves only where a route says so. SQLModel declares the tables; the SQL that fills them stands
+# where it is used. AUTOINCREMENT: the id of something purged is never handed out again.
 
 Role = Literal["user", "admin"]
 TokenScope = Literal["read", "write"]
@@ -564,9 +566,10 @@ class UserPublic(Public):
     created_at: datetime
 
 
-class Users(UserPublic, table=True):
+class User(UserPublic, table=True):
     """The private half of an account. `seq` is the number that section 9 is about."""
 
+    __tablename__ = "users"
     username_key: str = Field(unique=True)
     password_hash: str
     seq: int
@@ -586,9 +589,10 @@ class SessionPublic(Public):
     expires_at: datetime
 
 
-class Sessions(SessionPublic, table=True):
+class Session(SessionPublic, table=True):
     """A login, or an API token: with a name and a scope. Deleting the row ends it at once."""
 
+    __tablename__ = "sessions"
     user_id: int = Field(foreign_key="users.id", ondelete="CASCADE", index=True)
     name: str | None
     scope: str | None
@@ -625,9 +629,10 @@ class TaskPublic(Public):
     deleted_at: datetime | None = Field(index=True)
 
 
-class Tasks(TaskPublic, table=True):
+class Task(TaskPublic, table=True):
     """The private half of a task."""
 
+    __tablename__ = "tasks"
     title_key: str = Field(sa_type=BINARY_TEXT)
     """Folded, for searching and sorting."""
     description_key: str
@@ -647,9 +652,10 @@ class AttachmentPublic(Public):
     created_at: datetime
 
 
-class Attachments(AttachmentPublic, table=True):
+class Attachment(AttachmentPublic, table=True):
     """The private half of an attachment: in the database, so that a backup is one file."""
 
+    __tablename__ = "attachments"
     content: bytes
 
 
@@ -754,15 +760,15 @@ Cursor = Annotated[int, pydantic.Field(ge=0, le=MAX_ID)] | None
 
 
 class Schema(BaseModel):
-    """The base of schemas that say more: a string under a field describes it in /docs."""
+    """The base of other schemas: a string under a field describes it in /docs."""
 
     model_config = {"use_attribute_docstrings": True}
 
 
-class Body(Schema):
+class Body(SQLModel):
     """The base of every body: strict, and an unknown field is an error that names it."""
 
-    model_config = {"strict": True, "extra": "forbid"}
+    model_config = {"strict": True, "extra": "forbid", "use_attribute_docstrings": True}
 
 
 def for_docs(values: Row, schema: Row) -> None:
@@ -1564,7 +1570,7 @@ WHERE id = :id AND owner_id = :user_id AND (deleted_at IS NOT NULL) = :trash"""
 FIND_BY_KEY = f"""
 SELECT {TASK_COLUMNS} FROM tasks
 WHERE owner_id = :owner_id AND idempotency_key = :idempotency_key"""
-CHANGED_COLUMNS = [name for name in Tasks.model_fields if name not in ("id", "idempotency_key")]
+CHANGED_COLUMNS = [name for name in Task.model_fields if name not in ("id", "idempotency_key")]
 UPDATE_TASK = f"""
 UPDATE tasks SET {", ".join(f"{name} = :{name}" for name in CHANGED_COLUMNS)}
 WHERE id = :id RETURNING {TASK_COLUMNS}"""
@@ -1730,7 +1736,7 @@ async def call_webhook(text: str) -> None:
         signature = Webhook(settings.webhook_secret).sign(key, moment, text)
         headers = {"webhook-id": key, "webhook-timestamp": str(int(moment.timestamp()))}
         headers |= {"webhook-signature": signature, "content-type": "application/json"}
-        with suppress(httpx.HTTPError, httpx.InvalidURL, TimeoutError):
+        with suppress(httpx.HTTPError, httpx.InvalidURL, OSError):
             async with asyncio.timeout(10), httpx.AsyncClient(verify=certificates()) as client:
                 answer = await client.post(settings.webhook_url, content=text, headers=headers)
             if answer.is_success:
@@ -2574,8 +2580,8 @@ async def refresh(body: RefreshRequest, exchange: CurrentExchange) -> TokenPair:
     """Exchange a refresh token for the next pair. It works once.
 
     A used one is refused, and means theft: its session ends, too, unless it comes within a second
-    of its use while the successor is still unused, which is a second tab and no thief. A session
-    ends 180 days after its login.
+    of its use while the successor is still unused, which is a second tab and no thief. 180 days
+    after its login a session refreshes no more.
 
     Errors: 401 invalid_refresh_token
     Limit: refresh per address
@@ -2637,7 +2643,10 @@ async def end_sessions(where: str, **values: Any) -> list[Row]:
 
 @auth.post("/logout", status_code=204, openapi_extra=LOGOUT)
 async def log_out(request: Request) -> None:
-    """End this session: by access token, or by `refresh_token` in the body. Errors: 401."""
+    """End this session: by access token, or else by `refresh_token` in the body.
+
+    Errors: 401; 403 insufficient_scope, if an API token came along
+    """
     try:
         user = await logged_in_user(await login(request))
         await end_sessions("id = :id", id=user.session_id)
@@ -2963,7 +2972,8 @@ def serve(reload: bool) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
         listener = config.bind_socket()
-    except SystemExit:
+        listener.listen(config.backlog)  # From the line below on, who connects waits.
+    except (SystemExit, OSError):
         raise SystemExit(f"HOST, PORT: cannot listen on {host}:{settings.port}") from None
     url = f"http://{host}:{listener.getsockname()[1]}{settings.root_path}"
     docs = f"{url}/docs" if settings.docs == "on" else "off"
