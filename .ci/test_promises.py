@@ -9,12 +9,13 @@ import sqlite3
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import httpx
-from conftest import CHEAP_PASSWORDS, PASSWORD, Server, eventually, good
+from conftest import CHEAP_PASSWORDS, DEADLINE, PASSWORD, Server, eventually, good
 
 SILENT = "app.Broadcaster.announce = lambda *_: app.asyncio.sleep(0)"
 """No bell rings: streams only look, every LOOK_SECONDS."""
@@ -30,10 +31,12 @@ def run_sql(server: Server, sql: str) -> list[Any]:
 
 def events(person: httpx.Client, **query: int) -> Iterator[dict[str, str]]:
     """Server-Sent Events as they come: their fields."""
+    deadline = time.monotonic() + DEADLINE
     with person.stream("GET", "/tasks/events", params=query) as answer:
         good(answer, 200) if answer.status_code == 200 else answer.read()
         fields: dict[str, str] = {}
         for line in answer.iter_lines():
+            assert time.monotonic() < deadline, "it never came"  # A comment comes every 15 s.
             name, _, value = line.partition(": ")
             if name:
                 fields[name] = value
