@@ -3037,6 +3037,8 @@ def main() -> None:
         print(asyncio.run(run_command(given)), flush=True)
     except ApiError as error:
         raise SystemExit(error.detail) from None
+    except OSError as error:
+        raise SystemExit(f"DATA_DIR: {error}") from None
     if given.command is None:
         serve(given.reload)
 

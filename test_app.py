@@ -622,10 +622,10 @@ def test_a_key_or_an_admin_that_is_refused_stops_the_start(configure, command, s
 
 
 @sqlite_only
-@pytest.mark.parametrize("fault", ["data", "data/tasks.db", "data/tasks.db/x"])
+@pytest.mark.parametrize("fault", ["", "/tasks.db", "/tasks.db/x", "/secret_key/x"])
 def test_a_database_that_cannot_be_opened_stops_the_start(command, tmp_path, fault):
-    (tmp_path / fault).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / fault).write_bytes(b"what the disk left of it" * 1000)
+    Path(f"{tmp_path}/data{fault}").parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{tmp_path}/data{fault}").write_bytes(b"what the disk left of it" * 1000)
     assert re.fullmatch(r".*DATA_DIR.*", command("token admin"))
 
 
