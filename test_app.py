@@ -487,7 +487,7 @@ def start(configure: Callable[..., None], clock: Clock) -> Iterator[Callable[...
         return started[-1]
 
     yield another
-    for server in started:
+    for server in reversed(started):  # A webhook's receiver outlives who calls it.
         server.stop()
 
 
