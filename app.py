@@ -1428,7 +1428,8 @@ class Missed(NamedTuple):
 
     def stale(self, since: int, known_purge: int = 0) -> bool:
         """Whether who has seen `since`, and knows of that purge, missed a deletion for ever."""
-        return since > self.seq or (0 < since < self.purged_seq and self.purged_seq != known_purge)
+        missed_purge = 0 < since < self.purged_seq and self.purged_seq != known_purge
+        return missed_purge or since > self.seq
 
 
 async def changes_after(user_id: int, since: int, limit: int) -> Missed:

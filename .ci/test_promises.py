@@ -33,7 +33,7 @@ def events(person: httpx.Client, **query: int) -> Iterator[dict[str, str]]:
     """Server-Sent Events as they come: their fields."""
     deadline = time.monotonic() + DEADLINE
     with person.stream("GET", "/tasks/events", params=query) as answer:
-        good(answer, 200) if answer.status_code == 200 else answer.read()
+        assert answer.status_code == 200
         fields: dict[str, str] = {}
         for line in answer.iter_lines():
             assert time.monotonic() < deadline, "it never came"  # A comment comes every 15 s.
@@ -235,3 +235,8 @@ def test_the_webhook_calls_nobody_whose_certificate_is_unknown(serve, tmp_path):
 
 def test_who_connects_as_soon_as_it_says_listening_waits_and_is_not_refused(serve):
     assert serve("app.uvicorn.Server.run = lambda *_, **__: app.time.sleep(60)").answers()
+
+
+def test_a_class_of_section_4_makes_an_answer_of_a_row_as_the_readme_does(serve):
+    row = "id=1, username='x', email=None, role='user', is_active=True, created_at=app.now()"
+    assert serve(f"app.UserPublic({row})").answers()
